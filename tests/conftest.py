@@ -1,0 +1,20 @@
+"""Where optional real material lives, and what every test may rely on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("FOURDH_SHARED", REPO.parent / "shared"))
+DATA = REPO / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with real clips, small real models and the full goldens; skips where absent."""
+    if not (SHARED / "parity").is_dir():
+        pytest.skip("real clips and full goldens are not on this machine (set FOURDH_SHARED)")
+    return SHARED
