@@ -1,0 +1,404 @@
+"""The settings of a job: one dataclass per subsystem, merged and checked once.
+
+The only door to OmegaConf. A job has a YAML file; `key=value` words on the command line override
+it (`detector.name=onnx tracker.max_age=30`). All mistakes are collected and raised together as a
+`ConfigError`; the result is plain frozen-by-habit dataclasses, and nothing below this module
+knows where a value came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fourdh_batch.errors import ConfigError
+
+
+@dataclass
+class VideoConfig:
+    """Reading of video files.
+
+    Attributes:
+        decoder: `auto` (PyAV) or `pyav`; the streaming reader.
+        chunk_frames: frames of a chunk, the unit of GPU work; 16 to 256.
+        max_chunk_mb: a chunk of large pictures is cut earlier, MiB of RGB.
+        max_megapixels: larger pictures are refused before decoding.
+        stall_timeout_s: a decoder that hands out no chunk for so long is killed, seconds.
+        decoder_memory_mb: address space of a decoding process, MiB; 0 for no limit.
+        detect_shots: find hard cuts, start the location cue afresh there, fill `shot_id`.
+    """
+
+    decoder: str = "auto"
+    chunk_frames: int = 32
+    max_chunk_mb: int = 128
+    max_megapixels: float = 36.0
+    stall_timeout_s: float = 120.0
+    decoder_memory_mb: int = 4096
+    detect_shots: bool = True
+
+
+@dataclass
+class DetectorConfig:
+    """Person boxes.
+
+    Attributes:
+        name: a short name of `models/detector.py`: `onnx`, `transformers`, `boxes`, or a
+            `detectron2_...`.
+        path: weights file, model directory or hub id, or the file of given boxes.
+        score_threshold: a detection is kept when its score is strictly greater (PHALP: 0.8).
+        min_width_px, min_height_px: narrower or lower boxes are dropped (PHALP: 50 and 100).
+        batch_size: frames per batch.
+        input_size: side of the detector's input in pixels, 0 for the model's own.
+    """
+
+    name: str = "onnx"
+    path: str = ""
+    score_threshold: float = 0.8
+    min_width_px: float = 50.0
+    min_height_px: float = 100.0
+    batch_size: int = 8
+    input_size: int = 0
+
+
+@dataclass
+class HmrConfig:
+    """HMR 2.0 and its body model.
+
+    Attributes:
+        weights: official `.ckpt`, or `.safetensors` made by `fourdh weights import`; the word
+            `untrained` gives seeded random weights of `size` (for trying the machinery only).
+        size: a size of `models/build.py`; empty: read from the weights.
+        body: SMPL file (`SMPL_NEUTRAL.pkl` or npz); empty: the open body of this package.
+        extra_regressor: `SMPL_to_J19.pkl`, needed with an official SMPL file.
+        device: `auto`, `cpu`, `cuda`.
+        precision: `auto` (fp32 on CPU, fp16 backbone on GPU), `fp32`, `tf32`, `bf16`, `fp16`.
+        batch_size: crops per batch, mixed over people, frames and videos; 0: by device.
+        cpu_threads: threads of one model on a CPU. Fixed, because the number of threads may
+            change the last bit of a result.
+    """
+
+    weights: str = ""
+    size: str = ""
+    body: str = ""
+    extra_regressor: str = ""
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int = 0
+    cpu_threads: int = 1
+
+
+@dataclass
+class TrackerConfig:
+    """PHALP'. Names and defaults as in the paper's code; see `tracking/tracker.py`.
+
+    Attributes:
+        max_age: a confirmed track survives so many missed frames.
+        min_hits: detections needed to confirm a track.
+        gate: pairs that cost more are never matched.
+        keep_predicted: write `state=predicted` rows for frames in which a track was missed
+            between two detections.
+    """
+
+    max_age: int = 50
+    min_hits: int = 5
+    gate: float = 100.0
+    keep_predicted: bool = True
+
+
+@dataclass
+class PlanConfig:
+    """Grouping of videos into shards, the videos that one Parquet object holds.
+
+    Attributes:
+        videos_per_shard: at most so many.
+        mb_per_shard: a shard is closed when its video files exceed this, MiB.
+        limit: take only the first so many videos; 0 for all.
+    """
+
+    videos_per_shard: int = 200
+    mb_per_shard: int = 512
+    limit: int = 0
+
+
+@dataclass
+class ClusterConfig:
+    """Ray.
+
+    Attributes:
+        address: `auto` (the cluster this job was submitted to, else a new local one), `local`,
+            or `ray://...`.
+        gpu_actors: model processes; 0: one per GPU of the cluster, or one on a CPU machine.
+        gpus_per_actor: share of a GPU per model process; used where the cluster has GPUs.
+        cpus_per_actor: cores reserved per model process.
+        tracker_actors: tracking processes; 0: one per model process.
+        units_per_actor: videos a model process works on at once, so that decoding one overlaps
+            with computing another.
+        chunks_ahead: chunks decoded ahead per video.
+        progress_timeout_s: a video without a finished chunk for so long is given up.
+        attempts: a video is quarantined after so many deaths or unknown errors.
+    """
+
+    address: str = "auto"
+    gpu_actors: int = 0
+    gpus_per_actor: float = 1.0
+    cpus_per_actor: float = 1.0
+    tracker_actors: int = 0
+    units_per_actor: int = 2
+    chunks_ahead: int = 2
+    progress_timeout_s: float = 900.0
+    attempts: int = 2
+
+
+@dataclass
+class JobConfig:
+    """A whole job.
+
+    Attributes:
+        input: a video, a folder, a glob or prefix (any fsspec path), or a manifest
+            (csv, jsonl or Parquet with columns `video_id` and `uri`).
+        output: root of the tables (any fsspec path).
+        dataset: name in the `dataset` column and in the keys.
+    """
+
+    input: str = ""
+    output: str = ""
+    dataset: str = "videos"
+    video: VideoConfig = field(default_factory=VideoConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    hmr: HmrConfig = field(default_factory=HmrConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> JobConfig:
+    """Defaults, then the YAML file, then `key=value` words; checked as a whole.
+
+    Args:
+        path: YAML file, or None.
+        overrides: words such as `output=s3://bucket/run1` or `hmr.device=cpu`.
+    Raises:
+        ConfigError: lists every unknown key, wrong type and impossible value at once.
+    """
+    schema = OmegaConf.structured(JobConfig)
+    config = schema
+    problems: list[str] = []
+
+    known = dict(_leaves(asdict(JobConfig())))
+    layers: list[tuple[str, str, Any]] = []  # (source, dotted key, value)
+    if path is not None:
+        try:
+            loaded = OmegaConf.to_container(OmegaConf.load(path))
+        except FileNotFoundError:
+            raise ConfigError(f"config file {path}: no such file") from None
+        except (YAMLError, OmegaConfBaseException, OSError) as error:
+            raise ConfigError(f"config file {path}: not readable as YAML: {error}") from error
+        if loaded and not isinstance(loaded, dict):
+            raise ConfigError(
+                f"config file {path}: expected a mapping, got {type(loaded).__name__}"
+            )
+        layers += [(str(path), key, value) for key, value in _leaves(loaded or {})]
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            problems.append(f"{word!r}: expected key=value, for example output=/data/run1")
+            continue
+        # A path is taken to the letter: it may hold '#', ':' or '${'.
+        literal = isinstance(known.get(key), str)
+        layers.append(("command line", key, value if literal else _parse(value)))
+
+    for source, key, value in layers:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{key}: no such setting ({source}){hint}")
+            continue
+        expected = type(known[key])
+        if value is None or (expected is str and not isinstance(value, (str, int, float))):
+            problems.append(f"{key}: expected {expected.__name__}, got {value!r} ({source})")
+            continue
+        try:
+            if isinstance(value, str):
+                value = value.replace("${", "\\${")
+            OmegaConf.update(config, key, value)
+        except OmegaConfBaseException:
+            problems.append(f"{key}: expected {expected.__name__}, got {value!r} ({source})")
+
+    built = OmegaConf.to_object(config)
+    assert isinstance(built, JobConfig)
+    problems += _impossible(built)
+    if problems:
+        raise ConfigError("wrong settings:\n  " + "\n  ".join(problems))
+    return built
+
+
+def require(config: JobConfig, *keys: str) -> None:
+    """Stop unless these dotted settings are not empty.
+
+    Raises:
+        ConfigError: names each empty setting and says how to give it.
+    """
+    values = dict(_leaves(asdict(config)))
+    empty = [key for key in keys if values[key] in ("", None)]
+    if empty:
+        raise ConfigError(
+            "missing settings:\n  "
+            + "\n  ".join(f"{key}: give {key}=... ({_meaning(key)})" for key in empty)
+        )
+
+
+def to_yaml(config: JobConfig) -> str:
+    """The settings as YAML, as saved beside the output."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """A settings dataclass as plain nested dicts."""
+    if not is_dataclass(config) or isinstance(config, type):
+        raise ValueError(f"expected a settings dataclass, got {config!r}")
+    return asdict(config)
+
+
+def describe_settings() -> str:
+    """One line per setting: dotted name, default and meaning; for `--help`."""
+    return "\n".join(
+        f"  {key}={value!r}: {_meaning(key)}" for key, value in _leaves(asdict(JobConfig()))
+    )
+
+
+def _parse(text: str) -> Any:
+    """A word of the command line with YAML's types; what is no YAML stays a string."""
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"v={text}"]))["v"]  # type: ignore[call-overload,index]
+    except (YAMLError, OmegaConfBaseException):
+        return text
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _meaning(key: str) -> str:
+    """The `Attributes` line of a dotted setting."""
+    owner: Any = JobConfig
+    *path, name = key.split(".")
+    for part in path:
+        owner = {f.name: f for f in fields(owner)}[part].default_factory
+    text = ""
+    for line in (owner.__doc__ or "").split("Attributes:")[-1].splitlines():
+        names, colon, rest = line.strip().partition(":")
+        if colon and name in [n.strip() for n in names.split(",")]:
+            text = rest.strip()
+        elif text and line.startswith(" " * 12):
+            text += " " + line.strip()
+        elif text:
+            break
+    return text.rstrip(".")
+
+
+def _impossible(config: JobConfig) -> list[str]:
+    """Values that no job can use."""
+    video, detector, hmr = config.video, config.detector, config.hmr
+    plan, cluster, tracker = config.plan, config.cluster, config.tracker
+    checks: list[tuple[str, bool, str, object]] = [
+        (
+            "video.decoder",
+            video.decoder in ("auto", "pyav"),
+            "auto or pyav (decord cannot stream safely; it serves short reads only)",
+            video.decoder,
+        ),
+        ("video.chunk_frames", 16 <= video.chunk_frames <= 256, "16 to 256", video.chunk_frames),
+        ("video.max_chunk_mb", video.max_chunk_mb >= 1, "at least 1", video.max_chunk_mb),
+        ("video.max_megapixels", video.max_megapixels > 0, "more than 0", video.max_megapixels),
+        ("video.stall_timeout_s", video.stall_timeout_s > 0, "more than 0", video.stall_timeout_s),
+        (
+            "video.decoder_memory_mb",
+            video.decoder_memory_mb >= 0,
+            "0 or more",
+            video.decoder_memory_mb,
+        ),
+        (
+            "detector.score_threshold",
+            0 <= detector.score_threshold < 1,
+            "0 to below 1",
+            detector.score_threshold,
+        ),
+        ("detector.min_width_px", detector.min_width_px >= 0, "0 or more", detector.min_width_px),
+        (
+            "detector.min_height_px",
+            detector.min_height_px >= 0,
+            "0 or more",
+            detector.min_height_px,
+        ),
+        ("detector.batch_size", detector.batch_size >= 1, "at least 1", detector.batch_size),
+        ("detector.input_size", detector.input_size >= 0, "0 or more", detector.input_size),
+        (
+            "hmr.device",
+            hmr.device == "auto" or hmr.device.split(":")[0] in ("cpu", "cuda"),
+            "auto, cpu or cuda",
+            hmr.device,
+        ),
+        (
+            "hmr.precision",
+            hmr.precision in ("auto", "fp32", "tf32", "bf16", "fp16"),
+            "auto, fp32, tf32, bf16 or fp16",
+            hmr.precision,
+        ),
+        ("hmr.batch_size", hmr.batch_size >= 0, "0 or more", hmr.batch_size),
+        ("hmr.cpu_threads", hmr.cpu_threads >= 1, "at least 1", hmr.cpu_threads),
+        ("tracker.max_age", tracker.max_age >= 0, "0 or more", tracker.max_age),
+        ("tracker.min_hits", tracker.min_hits >= 1, "at least 1", tracker.min_hits),
+        ("tracker.gate", tracker.gate >= 1, "at least 1", tracker.gate),
+        ("plan.videos_per_shard", plan.videos_per_shard >= 1, "at least 1", plan.videos_per_shard),
+        ("plan.mb_per_shard", plan.mb_per_shard >= 1, "at least 1", plan.mb_per_shard),
+        ("plan.limit", plan.limit >= 0, "0 or more", plan.limit),
+        ("cluster.gpu_actors", cluster.gpu_actors >= 0, "0 or more", cluster.gpu_actors),
+        (
+            "cluster.gpus_per_actor",
+            cluster.gpus_per_actor > 0,
+            "more than 0",
+            cluster.gpus_per_actor,
+        ),
+        (
+            "cluster.cpus_per_actor",
+            cluster.cpus_per_actor > 0,
+            "more than 0",
+            cluster.cpus_per_actor,
+        ),
+        (
+            "cluster.tracker_actors",
+            cluster.tracker_actors >= 0,
+            "0 or more",
+            cluster.tracker_actors,
+        ),
+        (
+            "cluster.units_per_actor",
+            cluster.units_per_actor >= 1,
+            "at least 1",
+            cluster.units_per_actor,
+        ),
+        ("cluster.chunks_ahead", cluster.chunks_ahead >= 1, "at least 1", cluster.chunks_ahead),
+        (
+            "cluster.progress_timeout_s",
+            cluster.progress_timeout_s > 0,
+            "more than 0",
+            cluster.progress_timeout_s,
+        ),
+        ("cluster.attempts", cluster.attempts >= 1, "at least 1", cluster.attempts),
+        ("dataset", bool(config.dataset.strip()), "a name", config.dataset),
+    ]
+    return [
+        f"{key}: expected {expected}, got {got!r}" for key, ok, expected, got in checks if not ok
+    ]

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fourdh_batch.config import describe_settings, load_config, require, to_dict, to_yaml
+from fourdh_batch.errors import ConfigError
+
+
+def test_file_and_words_are_merged_and_words_win(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("dataset: ava\ntracker:\n  max_age: 30\n  min_hits: 3\n")
+    config = load_config(file, ["tracker.max_age=20", "hmr.device=cpu"])
+    assert (config.dataset, config.tracker.max_age, config.tracker.min_hits) == ("ava", 20, 3)
+    assert config.hmr.device == "cpu"
+
+
+def test_every_mistake_is_listed_at_once() -> None:
+    words = [
+        "detektor.name=x",
+        "video.chunk_frames=many",
+        "tracker.gate=yes",
+        "plan.videos_per_shard=0",
+        "no-equals-sign",
+        "video.decoder=decord",
+    ]
+    with pytest.raises(ConfigError, match="wrong settings") as caught:
+        load_config(None, words)
+    text = str(caught.value)
+    assert "did you mean detector.name?" in text
+    for key in ("video.chunk_frames", "tracker.gate", "plan.videos_per_shard", "no-equals-sign"):
+        assert key in text
+    assert "video.decoder: expected auto or pyav" in text
+
+
+@pytest.mark.parametrize(
+    "path", ["/a b/c #1.mp4", "/x/${HOME}.mp4", "s3://b/k?x=1,2", "/data/[1, 2].mp4", "123", "a=b"]
+)
+def test_a_path_is_taken_to_the_letter(path: str) -> None:
+    assert load_config(None, [f"input={path}"]).input == path
+
+
+def test_missing_settings_say_how_to_give_them() -> None:
+    with pytest.raises(ConfigError, match=r"give output=\.\.\. \(root of the tables"):
+        require(load_config(None, ["input=/x"]), "input", "output")
+
+
+def test_a_saved_configuration_loads_to_the_same_values(tmp_path: Path) -> None:
+    config = load_config(None, ["input=/x/${y} #z", "tracker.max_age=7"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert to_dict(load_config(file)) == to_dict(config)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+    for text in ("a: [1", "- 1\n- 2\n"):
+        file = tmp_path / "bad.yaml"
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.yaml"):
+            load_config(file)
+
+
+def test_every_setting_is_explained() -> None:
+    for line in describe_settings().splitlines():
+        assert len(line.partition(": ")[2]) > 3, line
