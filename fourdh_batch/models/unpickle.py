@@ -1,0 +1,399 @@
+"""The only place that reads pickles, and nothing in a pickle gets to run.
+
+Body models are published as pickles, many of them written by Python 2 with chumpy objects inside.
+A pickle is a program for a small machine that may import and call anything. Here that machine
+knows a fixed list of names, and each of them stands for a *sealed* class of this file: plain
+Python that checks its arguments and builds a value. NumPy's and SciPy's own unpickling code, which
+was never meant for hostile input, is not reached. Every other name ends the reading.
+
+What comes out: numbers, strings, bytes, lists, tuples, dicts, sets, `numpy.ndarray`,
+NumPy scalars and dtypes, `scipy.sparse` csc, csr and coo matrices. A chumpy object comes out as
+the array that it holds.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import pickletools
+import re
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, NoReturn, cast
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+
+from fourdh_batch.errors import CheckpointError
+
+MAX_PICKLE_BYTES = 512 * 2**20  # the largest published SMPL file has 247 MB
+MAX_MEMO_INDEX = 2**22  # the unpickler's memo is an array as long as its highest index
+MAX_STRING_CHARS = 2**16  # longest element of a string array
+
+# Kinds of plain numbers and strings; no objects, no records, no dates.
+_DTYPE_SPEC = re.compile(r"[<>=|]?(?:[biuf][1248]|f16|c(?:8|16)|\?|[bBhHiIlLqQefdFD]|([SaU])(\d+))")
+
+_PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+_OPCODES = {opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes}
+
+# What damaged or hostile bytes make the machine raise.
+_FAILURES = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+def load_restricted_pickle(path_or_file: str | Path | BinaryIO) -> object:
+    """Reads a pickle of plain data.
+
+    Args:
+        path_or_file: a path, or a binary file positioned at the start of the pickle.
+    Returns:
+        The object, with chumpy objects replaced by their arrays; see the top of this file.
+    Raises:
+        CheckpointError: the pickle asks for anything but plain data (the message has the name), is
+            damaged, or is larger than `MAX_PICKLE_BYTES`.
+        OSError: the file cannot be read.
+    """
+    if isinstance(path_or_file, (str, Path)):
+        with Path(path_or_file).open("rb") as file:
+            return _load(file, str(path_or_file))
+    return _load(path_or_file, str(getattr(path_or_file, "name", "pickle")))
+
+
+def _load(file: BinaryIO, name: str) -> object:
+    data = file.read(MAX_PICKLE_BYTES + 1)
+    if len(data) > MAX_PICKLE_BYTES:
+        raise CheckpointError(f"{name}: expected at most {MAX_PICKLE_BYTES} bytes, got more")
+    try:
+        _check_opcodes(data)
+        return _plain(_RestrictedUnpickler(io.BytesIO(data), encoding="latin1").load(), {})
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    except _FAILURES as error:
+        raise CheckpointError(
+            f"{name}: expected a pickle of plain arrays, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_opcodes(data: bytes) -> None:
+    """Walks the opcodes without running them, so that no length field is trusted.
+
+    The unpickler allocates what a length or a memo index announces before it looks at the data;
+    the readers of `pickletools` only ever slice what is there.
+    """
+    stream = io.BytesIO(data)
+    while True:
+        position = stream.tell()
+        opcode = _OPCODES.get(stream.read(1))
+        if opcode is None:
+            raise CheckpointError(f"byte {position}: expected an opcode of a pickle")
+        if opcode.name in ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"):
+            raise CheckpointError(f"byte {position}: opcode {opcode.name} is not admitted")
+        if opcode.name == "STOP":
+            return
+        if opcode.name == "STRING":  # bytes of Python 2, of which pickletools admits only ASCII
+            stream.readline()
+        elif opcode.arg is not None:
+            argument = opcode.arg.reader(stream)
+            if "PUT" in opcode.name and argument > MAX_MEMO_INDEX:
+                raise CheckpointError(
+                    f"byte {position}: memo index {argument} is above {MAX_MEMO_INDEX}"
+                )
+
+
+class _Sealed(type):
+    """Metaclass: a pickle can set attributes on what it was given, but not on these."""
+
+    def __setattr__(cls, name: str, value: object) -> NoReturn:
+        raise TypeError(f"{cls.__name__} cannot be changed by a pickle")
+
+
+class _RefusedError(TypeError):
+    """An admitted name was used in a way that no writer of plain data uses it."""
+
+
+class _NdarrayMarker(metaclass=_Sealed):
+    """Stands for `numpy.ndarray` as the first argument of `_reconstruct`; cannot be built."""
+
+    def __init__(self) -> None:
+        raise _RefusedError("numpy.ndarray is only admitted inside _reconstruct")
+
+
+class _ObjectMarker(metaclass=_Sealed):
+    """Stands for `object` as the second argument of `copyreg._reconstructor`."""
+
+    def __init__(self) -> None:
+        raise _RefusedError("object is only admitted inside copyreg._reconstructor")
+
+
+class _Dtype(metaclass=_Sealed):
+    """`numpy.dtype(spec, align, copy)` followed by a state that carries the byte order."""
+
+    def __init__(self, spec: object, align: object = False, copy: object = True) -> None:
+        match = _DTYPE_SPEC.fullmatch(spec) if isinstance(spec, str) else None
+        if match is None or not isinstance(spec, str):
+            raise _RefusedError(f"dtype {spec!r} is not a plain number or string")
+        if match.group(2) is not None and int(match.group(2)) > MAX_STRING_CHARS:
+            raise _RefusedError(f"dtype {spec!r} is longer than {MAX_STRING_CHARS} characters")
+        self.dtype = np.dtype("S" + match.group(2) if match.group(1) == "a" else spec)
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        _version, order, subarray, names, fields = state[:5]
+        if not (subarray is None and names is None and fields is None):
+            raise _RefusedError("dtypes with fields are not plain numbers")
+        if order not in ("<", ">", "=", "|"):
+            raise _RefusedError(f"byte order {order!r}")
+        if order != "|":
+            self.dtype = self.dtype.newbyteorder(cast(Any, order))
+
+
+class _Array(metaclass=_Sealed):
+    """`numpy.core.multiarray._reconstruct(ndarray, (0,), 'b')` followed by the array's state."""
+
+    value: NDArray[Any]
+
+    def __init__(self, kind: object, shape: object, typecode: object) -> None:
+        if kind is not _NdarrayMarker:
+            raise _RefusedError(f"_reconstruct of {kind!r}; only plain numpy.ndarray is admitted")
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        shape, dtype, is_fortran, data = state[-4:]
+        order = "F" if is_fortran else "C"
+        self.value = _array_from_bytes(data, dtype, shape, order)
+
+
+class _FromBuffer(metaclass=_Sealed):
+    """`numpy.core.numeric._frombuffer(buffer, dtype, shape, order)` of pickle protocol 5."""
+
+    def __init__(self, data: object, dtype: object, shape: object, order: object = "C") -> None:
+        self.value = _array_from_bytes(data, dtype, shape, order)
+
+
+class _Scalar(metaclass=_Sealed):
+    """`numpy.core.multiarray.scalar(dtype, data)`."""
+
+    def __init__(self, dtype: object, data: object) -> None:
+        self.value = _array_from_bytes(data, dtype, (), "C")[()]
+
+
+class _Encode(metaclass=_Sealed):
+    """`_codecs.encode(text, 'latin1')`, the way Python 3 writes bytes for Python 2."""
+
+    def __new__(cls, text: object, codec: object = "latin1") -> Any:
+        if not isinstance(text, str) or codec not in ("latin1", "latin-1"):
+            raise _RefusedError(f"_codecs.encode with {codec!r}; only latin1 is admitted")
+        return text.encode("latin1")
+
+
+class _Bytes(metaclass=_Sealed):
+    """`bytes()`, the way Python 3 writes empty bytes for Python 2."""
+
+    def __new__(cls) -> Any:
+        return b""
+
+
+class _ByteArray(metaclass=_Sealed):
+    """`bytearray(data)`; of a number it would be a way to ask for memory."""
+
+    def __new__(cls, data: object = b"", codec: object = "latin1") -> Any:
+        return bytearray(_as_bytes(data))
+
+
+class _SparseMatrix(metaclass=_Sealed):
+    """A csc, csr or coo matrix: the `__dict__` that SciPy stored."""
+
+    state: dict[str, object]
+    kind: ClassVar[str]
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict):
+            raise _RefusedError(f"{self.kind}_matrix with a state of {type(state).__name__}")
+        self.state = state
+
+
+class _CscMatrix(_SparseMatrix):
+    kind = "csc"
+
+
+class _CsrMatrix(_SparseMatrix):
+    kind = "csr"
+
+
+class _CooMatrix(_SparseMatrix):
+    kind = "coo"
+
+
+class _Chumpy(metaclass=_Sealed):
+    """Passive stand-in for an object of the chumpy library: keeps the state, computes nothing."""
+
+    state: dict[str, object]
+    origin: ClassVar[str]
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict):
+            raise _RefusedError(f"{self.origin} with a state of {type(state).__name__}")
+        self.state = state
+
+
+class _Reconstructor(metaclass=_Sealed):
+    """`copyreg._reconstructor(cls, object, None)` of protocols 0 and 1."""
+
+    def __new__(cls, kind: object, base: object, state: object) -> Any:
+        if base is not _ObjectMarker or state is not None:
+            raise _RefusedError("copyreg._reconstructor is only admitted with object and None")
+        if not (isinstance(kind, type) and issubclass(kind, (_SparseMatrix, _Chumpy))):
+            raise _RefusedError(f"copyreg._reconstructor of {kind!r}")
+        return kind.__new__(kind)
+
+
+_ADMITTED: dict[str, object] = {
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": _NdarrayMarker,
+    "copyreg._reconstructor": _Reconstructor,
+    "_codecs.encode": _Encode,
+    "builtins.object": _ObjectMarker,
+    "builtins.bytes": _Bytes,
+    "builtins.bytearray": _ByteArray,
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "builtins.complex": complex,
+    "collections.OrderedDict": collections.OrderedDict,
+}
+for _core in ("numpy.core", "numpy._core"):
+    _ADMITTED[f"{_core}.multiarray._reconstruct"] = _Array
+    _ADMITTED[f"{_core}.multiarray.scalar"] = _Scalar
+    _ADMITTED[f"{_core}.numeric._frombuffer"] = _FromBuffer
+for _sparse in (_CscMatrix, _CsrMatrix, _CooMatrix):
+    for _module in (f"scipy.sparse.{_sparse.kind}", f"scipy.sparse._{_sparse.kind}"):
+        _ADMITTED[f"{_module}.{_sparse.kind}_matrix"] = _sparse
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{_PYTHON_2_MODULES.get(module, module)}.{name}"
+        if full_name in _ADMITTED:
+            return _ADMITTED[full_name]
+        if module == "chumpy" or module.startswith("chumpy."):
+            return _Sealed(name, (_Chumpy,), {"origin": full_name})
+        raise CheckpointError(
+            f"asks for {full_name}, which is not plain data; nothing of it was run"
+        )
+
+
+def _as_bytes(data: object) -> bytes:
+    if isinstance(data, str):  # bytes of Python 2, read with latin1
+        return data.encode("latin1")
+    if isinstance(data, (bytes, bytearray)):
+        return bytes(data)
+    raise _RefusedError(f"expected the bytes of an array, got {type(data).__name__}")
+
+
+def _array_from_bytes(data: object, dtype: object, shape: object, order: object) -> NDArray[Any]:
+    """(*shape) array in native byte order that owns its memory; `shape` must fit `data`."""
+    if not isinstance(dtype, _Dtype):
+        raise _RefusedError(f"expected a dtype, got {type(dtype).__name__}")
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise _RefusedError(f"expected a shape, got {shape!r}")
+    if order not in ("C", "F"):
+        raise _RefusedError(f"array order {order!r}")
+    raw = _as_bytes(data)
+    kind = dtype.dtype
+    count = len(raw) // kind.itemsize if kind.itemsize else 0
+    flat = np.frombuffer(raw, dtype=kind, count=count)
+    if count * kind.itemsize != len(raw):
+        raise _RefusedError(f"{len(raw)} bytes are no whole number of {kind}")
+    return flat.reshape(shape, order=cast(Any, order)).astype(kind.newbyteorder("="), copy=True)
+
+
+def _plain(value: object, done: dict[int, tuple[object, object]]) -> object:
+    """Replaces the stand-ins by what they stand for; shared and circular parts stay shared.
+
+    Args:
+        value: anything the unpickler returned.
+        done: per id the original (kept alive, so that ids stay unique) and its replacement.
+    """
+    if id(value) in done:
+        return done[id(value)][1]
+    result: object
+    if isinstance(value, dict):
+        mapping = type(value)()
+        done[id(value)] = value, mapping
+        mapping.update((_plain(k, done), _plain(v, done)) for k, v in value.items())
+        return mapping
+    if isinstance(value, list):
+        items: list[object] = []
+        done[id(value)] = value, items
+        items.extend(_plain(item, done) for item in value)
+        return items
+    if isinstance(value, (tuple, set, frozenset)):
+        result = type(value)(_plain(item, done) for item in value)
+    elif isinstance(value, (_Array, _FromBuffer, _Scalar)):
+        result = value.value
+    elif isinstance(value, _Dtype):
+        result = value.dtype
+    elif isinstance(value, _SparseMatrix):
+        result = _sparse_matrix(value, done)
+    elif isinstance(value, _Chumpy):
+        result = _chumpy_array(value, done)
+    elif isinstance(value, type):
+        raise CheckpointError("holds a class instead of a value")
+    else:
+        result = value
+    done[id(value)] = value, result
+    return result
+
+
+def _sparse_matrix(
+    stored: _SparseMatrix, done: dict[int, tuple[object, object]]
+) -> scipy.sparse.spmatrix[Any]:
+    state: dict[str, Any] = {key: _plain(item, done) for key, item in stored.state.items()}
+    shape = state.get("_shape", state.get("shape"))
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise _RefusedError(f"{stored.kind}_matrix with shape {shape!r}")
+    if isinstance(stored, _CooMatrix):
+        row, col = state["coords"] if "coords" in state else (state["row"], state["col"])
+        return scipy.sparse.coo_matrix((state["data"], (row, col)), shape=shape)
+    parts = (state["data"], state["indices"], state["indptr"])
+    matrix: scipy.sparse.csc_matrix[Any] | scipy.sparse.csr_matrix[Any]
+    if isinstance(stored, _CscMatrix):
+        matrix = scipy.sparse.csc_matrix(parts, shape=shape)
+    else:
+        matrix = scipy.sparse.csr_matrix(parts, shape=shape)
+    matrix.check_format(full_check=True)
+    return matrix
+
+
+def _chumpy_array(stored: _Chumpy, done: dict[int, tuple[object, object]]) -> NDArray[Any]:
+    """The array that a chumpy object holds.
+
+    A plain `Ch` has it under `x`. A `Select` picks `idxs` of the flattened `a` and may then take
+    a `preferred_shape`. Anything else is a formula, and a formula is not data.
+    """
+    done[id(stored)] = stored, None  # an object that contains itself is caught below
+    state = stored.state
+    if stored.origin.endswith(".Select") and "a" in state and "idxs" in state:
+        source, idxs = _plain(state["a"], done), np.asarray(_plain(state["idxs"], done))
+        if not isinstance(source, np.ndarray) or idxs.dtype.kind not in "iu":
+            raise CheckpointError(f"{stored.origin}: expected an array and integer indices")
+        picked: NDArray[Any] = source.ravel()[idxs]
+        shape = state.get("preferred_shape")
+        return picked if shape is None else picked.reshape(cast(Any, _plain(shape, done)))
+    value = _plain(state.get("x"), done)
+    if not isinstance(value, (np.ndarray, np.generic, int, float)):
+        raise CheckpointError(
+            f"{stored.origin}: expected an object that holds its array under 'x', "
+            f"got one with {sorted(map(str, state))}"
+        )
+    return np.asarray(value)

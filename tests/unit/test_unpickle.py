@@ -1,0 +1,387 @@
+"""The restricted reader: plain data comes through whole, and nothing else gets to run."""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+import pickle
+import struct
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from fourdh_batch.errors import CheckpointError
+from fourdh_batch.models import unpickle
+from fourdh_batch.models.unpickle import load_restricted_pickle
+
+PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+
+
+def load(data: bytes) -> Any:
+    return load_restricted_pickle(io.BytesIO(data))
+
+
+def dump(value: object, protocol: int = 2) -> bytes:
+    return pickle.dumps(value, protocol=protocol)
+
+
+class Calls:
+    """Pickles as a call of `function(*arguments)`."""
+
+    def __init__(self, function: Any, *arguments: object, state: object = None) -> None:
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+# Plain data
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(24, dtype=np.float64).reshape(2, 3, 4),
+        np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+        np.arange(6, dtype=">i4").reshape(3, 2),
+        np.array([2**32 - 1, 0], dtype=np.uint32),
+        np.array([[True], [False]]),
+        np.array(["lbs", "dqs"]),
+        np.array([b"lbs", b""]),
+        np.array(2.5),
+        np.zeros((0, 3)),
+        np.array([1 + 2j, 3]),
+        np.arange(10)[::2],
+    ],
+    ids=lambda array: f"{array.dtype.str}{array.shape}",
+)
+def test_arrays_come_through(array: np.ndarray[Any, Any], protocol: int) -> None:
+    got = load(dump(array, protocol))
+    np.testing.assert_array_equal(got, array.astype(array.dtype.newbyteorder("=")), strict=True)
+    assert type(got) is np.ndarray
+    assert got.flags.owndata
+    assert got.flags.writeable
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_containers_numbers_and_strings_come_through(protocol: int) -> None:
+    value = {
+        "list": [1, 2.5, None, True, "text", b"bytes", 10**30],
+        "tuple": (np.float32(1.5), np.int64(-3), np.bool_(True)),
+        "set": {1, 2},
+        "frozen": frozenset({"a"}),
+        "complex": 1 + 2j,
+        "ordered": collections.OrderedDict(b=1, a=2),
+        "bytearray": bytearray(b"xy"),
+        "empty": b"",
+        "dtype": np.dtype("<f4"),
+        3: np.ones(2),
+    }
+    got = load(dump(value, protocol))
+    np.testing.assert_array_equal(got.pop(3), value.pop(3))
+    assert got == value
+    assert type(got["ordered"]) is collections.OrderedDict
+    assert type(got["tuple"][0]) is np.float32
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("kind", ["csc", "csr", "coo"])
+def test_sparse_matrices_come_through(kind: str, protocol: int) -> None:
+    dense = np.array([[0, 1.5, 0], [2, 0, 0]])
+    got = load(dump(getattr(scipy.sparse, f"{kind}_matrix")(dense), protocol))
+    assert got.format == kind
+    np.testing.assert_array_equal(got.toarray(), dense)
+
+
+def test_shared_and_circular_parts_stay_shared() -> None:
+    array = np.ones(3)
+    loop: list[object] = [array, array]
+    loop.append(loop)
+    got = load(dump(loop))
+    assert got[0] is got[1]
+    assert got[2] is got
+
+
+def test_nested_sharing_does_not_explode() -> None:
+    value: object = np.ones(1)
+    for _ in range(200):
+        value = (value, value)
+    got = load(dump(value))
+    assert got[0] is got[1]
+
+
+def test_path_and_file_give_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.pkl"
+    path.write_bytes(dump({"a": 1}))
+    with path.open("rb") as file:
+        assert load_restricted_pickle(path) == load_restricted_pickle(file) == {"a": 1}
+    assert load_restricted_pickle(str(path)) == {"a": 1}
+
+
+# Python 2 and old libraries: bytes written by hand as Python 2 wrote them
+
+
+def test_python_2_array_with_latin1_bytes_comes_through() -> None:
+    raw = np.array([1.0, -2.5e300]).tobytes()
+    state = (
+        b"(I1\n(I2\ntcnumpy\ndtype\n(S'f8'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\n"
+        + b"T"
+        + struct.pack("<i", len(raw))
+        + raw
+        + b"tb."
+    )
+    data = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR" + state
+    np.testing.assert_array_equal(load(data), [1.0, -2.5e300], strict=False)
+
+
+def test_python_2_scalar_set_and_unicode_come_through() -> None:
+    scalar = (
+        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'i4'\nI0\nI1\ntR(I3\nS'>'\nNNNI-1\n"
+        b"I-1\nI0\ntbS'\\x00\\x00\\x01\\x00'\ntR"
+    )
+    data = b"(" + scalar + b"c__builtin__\nset\n((lI7\natRV\\u00e9\nS'caf\\xe9'\nt."
+    number, members, text, old_text = load(data)
+    assert (number, type(number)) == (256, np.int32)
+    assert (members, text, old_text) == ({7}, "é", "café")
+
+
+def test_old_sparse_module_path_comes_through() -> None:
+    data = dump(scipy.sparse.csc_matrix(np.eye(3)), 2)
+    assert b"scipy.sparse._csc\n" in data
+    old = data.replace(b"cscipy.sparse._csc\n", b"cscipy.sparse.csc\n")
+    np.testing.assert_array_equal(load(old).toarray(), np.eye(3))
+
+
+# chumpy
+
+
+@pytest.fixture
+def chumpy(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
+    """Classes that pickle under chumpy's names; they are gone again before anything is read."""
+    made = {}
+    for module, name in [
+        ("chumpy.ch", "Ch"),
+        ("chumpy.reordering", "Select"),
+        ("chumpy.ch_ops", "add"),
+    ]:
+        fake = types.ModuleType(module)
+        made[name] = type(name, (), {"__module__": module})
+        setattr(fake, name, made[name])
+        monkeypatch.setitem(sys.modules, "chumpy", types.ModuleType("chumpy"))
+        monkeypatch.setitem(sys.modules, module, fake)
+
+    def dumped(protocol: int, wrap: Any) -> bytes:
+        data = dump(wrap, protocol)
+        for module in [m for m in sys.modules if m.split(".")[0] == "chumpy"]:
+            monkeypatch.delitem(sys.modules, module)
+        return data
+
+    def build(name: str, **state: object) -> object:
+        instance = made[name]()
+        instance.__dict__.update(state)
+        return instance
+
+    yield types.SimpleNamespace(build=build, dump=dumped)
+    assert "chumpy" not in sys.modules
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_chumpy_array_comes_through_as_its_array(chumpy: Any, protocol: int) -> None:
+    value = np.arange(6.0).reshape(2, 3)
+    stored = chumpy.build("Ch", x=value, _dirty_vars={"x"}, _itr=None, _status="new")
+    got = load(chumpy.dump(protocol, {"shapedirs": stored, "again": stored}))
+    np.testing.assert_array_equal(got["shapedirs"], value, strict=True)
+    assert got["again"] is got["shapedirs"]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_chumpy_select_comes_through_as_the_picked_values(chumpy: Any, protocol: int) -> None:
+    source = chumpy.build("Ch", x=np.arange(12.0).reshape(4, 3))
+    select = chumpy.build("Select", a=source, idxs=np.array([3, 4, 5, 0, 1, 2]))
+    shaped = chumpy.build("Select", a=select, idxs=np.array([5, 4, 3, 2]), preferred_shape=(2, 2))
+    got = load(chumpy.dump(protocol, [select, shaped]))
+    np.testing.assert_array_equal(got[0], [3.0, 4.0, 5.0, 0.0, 1.0, 2.0])
+    np.testing.assert_array_equal(got[1], [[2.0, 1.0], [0.0, 5.0]])
+
+
+def test_chumpy_formula_is_refused_by_name(chumpy: Any) -> None:
+    data = chumpy.dump(2, chumpy.build("add", a=np.ones(2), b=np.ones(2)))
+    with pytest.raises(CheckpointError, match=r"chumpy\.ch_ops\.add.*under 'x'"):
+        load(data)
+
+
+def test_chumpy_object_inside_itself_is_refused(chumpy: Any) -> None:
+    circular = chumpy.build("Ch")
+    circular.x = circular
+    with pytest.raises(CheckpointError, match="under 'x'"):
+        load(chumpy.dump(2, circular))
+
+
+def test_chumpy_select_outside_its_array_is_refused(chumpy: Any) -> None:
+    select = chumpy.build("Select", a=np.arange(3.0), idxs=np.array([7]))
+    with pytest.raises(CheckpointError, match="IndexError"):
+        load(chumpy.dump(2, select))
+
+
+# Hostile pickles
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (os.system, ("touch {mark}",), "posix.system|nt.system"),
+        (eval, ("open('{mark}', 'w')",), "builtins.eval"),
+        (exec, ("open('{mark}', 'w')",), "builtins.exec"),
+        (open, ("{mark}", "w"), "(_io|io).open"),
+        (getattr, ("text", "upper"), "builtins.getattr"),
+        (__import__, ("os",), "builtins.__import__"),
+        (type, ("X", (), {}), "builtins.type"),
+        (list, (range(10**12),), "builtins.(list|range)"),
+        (np.zeros, ((10**6,),), "numpy.zeros"),
+        (np.memmap, ("{mark}", "u1", "w+", 0, (1,)), "numpy.memmap"),
+        (np.load, ("{mark}",), "numpy.load"),
+        (np.matrix, ([[1.0]],), "numpy.matrix"),
+        (scipy.sparse.eye, (10**6,), "scipy.sparse.*eye"),
+        (scipy.sparse.csr_array, (np.eye(2),), "scipy.sparse.*csr_array"),
+        (pickle.loads, (b"N.",), "_?pickle.loads"),
+        (types.SimpleNamespace, (), "types.SimpleNamespace"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_call_is_refused_by_name_and_not_run(
+    tmp_path: Path, protocol: int, function: Any, arguments: tuple[Any, ...], name: str
+) -> None:
+    mark = tmp_path / "mark"
+    filled = tuple(a.format(mark=mark) if isinstance(a, str) else a for a in arguments)
+    with pytest.raises(CheckpointError, match=rf"asks for {name}, which is not plain data"):
+        load(dump({"v_template": [Calls(function, *filled)]}, protocol))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"(ios\nsystem\n.",
+        b"(cos\nsystem\nS'true'\no.",
+        b"c__builtin__\neval\n(S'1'\ntR.",
+        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.",
+        b"\x80\x04\x8c\x05numpy\x8c\x0ccore.numeric\x93.",
+        b"\x80\x04\x8c\x05numpy\x8c\x12dtype.__reduce_ex__\x93.",
+        b"cnumpy.core._internal\n_reconstruct\n)R.",
+        b"cnumpy._core._internal\n_ctypes\n)R.",
+        b"cnumpy.core.multiarray\nfromfile\n)R.",
+        b"cnumpy.core.records\nfromfile\n)R.",
+        b"cfourdh_batch.models.unpickle\n_Array\n.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n.",
+        b"chumpyx\nCh\n.",
+    ],
+)
+def test_every_road_to_a_global_is_closed(data: bytes) -> None:
+    with pytest.raises(CheckpointError):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"P1\n.", "PERSID"),
+        (b"I1\nQ.", "BINPERSID"),
+        (b"\x80\x02\x82\x01.", "EXT1"),
+        (b"\x80\x05\x97.", "NEXT_BUFFER"),
+        (b"", "byte 0: expected an opcode"),
+        (b"hello", "byte 5: expected an opcode"),
+        (dump(np.ones(3))[:-1], "expected an opcode"),
+        (dump(b"x" * 100, 4)[:-9], "ValueError"),
+        (b"cnumpy\nndarray\n.", "class instead of a value"),
+        (b"cnumpy\nndarray\n)R.", "_reconstruct"),
+        (b"c__builtin__\nobject\n)R.", "_reconstructor"),
+        (b"ccopy_reg\n_reconstructor\n(c__builtin__\nset\nc__builtin__\nobject\nNtR.", "set"),
+        (b"c__builtin__\nbytearray\n(I100000000000\ntR.", "expected the bytes"),
+        (b"c_codecs\nencode\n(S'abc'\nS'rot13'\ntR.", "latin1"),
+    ],
+)
+def test_what_is_no_plain_data_is_refused(data: bytes, problem: str) -> None:
+    with pytest.raises(CheckpointError, match=problem):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["O", "V8", "M8[s]", "V2147483647", "S2147483647", "f8,f8", "(1000000,1000000)f8"]
+)
+def test_only_dtypes_of_plain_numbers_and_strings_are_admitted(dtype: str) -> None:
+    with pytest.raises(CheckpointError, match=r"plain number|longer than"):
+        load(dump(Calls(np.dtype, dtype, False, True)))
+
+
+def test_arrays_of_objects_and_records_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="'O8'"):
+        load(dump(np.array([{}, None], dtype=object)))
+    with pytest.raises(CheckpointError, match="'V12'"):
+        load(dump(np.zeros(2, dtype=[("a", "f4"), ("b", "f8")])))
+
+
+@pytest.mark.parametrize(
+    "name", ["numpy\ndtype", "numpy\nndarray", "__builtin__\nset", "_codecs\nencode", "chumpy\nCh"]
+)
+@pytest.mark.parametrize("state", ["(S'x'\nI1\nd", "(N(S'__setstate__'\nNdt", "(N(S'x'\nI1\ndt"])
+def test_state_that_would_change_the_reader_is_refused(name: str, state: str) -> None:
+    before = {kind: dict(vars(kind)) for kind in (unpickle._Dtype, unpickle._Chumpy)}
+    with pytest.raises(CheckpointError):
+        load(f"c{name}\n{state}b.".encode())
+    assert {kind: dict(vars(kind)) for kind in before} == before
+
+
+# Bombs
+
+
+def test_lengths_and_memo_indices_are_not_trusted() -> None:
+    huge = struct.pack("<Q", 2**40)
+    for data in (
+        b"\x80\x04\x8e" + huge + b"x.",  # BINBYTES8
+        b"\x80\x04\x8d" + huge + b"x.",  # BINUNICODE8
+        b"\x80\x05\x96" + huge + b"x.",  # BYTEARRAY8
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # LONG_BINPUT
+        b"N" + b"p2147483647\n.",  # PUT
+    ):
+        with pytest.raises(CheckpointError):
+            load(data)
+
+
+@pytest.mark.parametrize("shape", [(2**40,), (2**20, 2**20), (0, 5), (-1,), (3, 2)])
+def test_array_whose_shape_does_not_fit_its_bytes_is_refused(shape: tuple[int, ...]) -> None:
+    stored: Any = np.ones(3).__reduce__()
+    version, _shape, dtype, is_fortran, raw = stored[2]
+    state = (version, shape, dtype, is_fortran, raw)
+    with pytest.raises(CheckpointError):
+        load(dump(Calls(stored[0], *stored[1], state=state)))
+
+
+def test_sparse_matrix_with_indices_outside_is_refused() -> None:
+    matrix = scipy.sparse.csc_matrix(np.eye(3))
+    matrix.indices = np.array([0, 1, 900], dtype=np.int32)
+    with pytest.raises(CheckpointError, match="ValueError"):
+        load(dump(matrix))
+
+
+def test_files_above_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpickle, "MAX_PICKLE_BYTES", 100)
+    assert load(dump([1] * 10)) == [1] * 10
+    with pytest.raises(CheckpointError, match="at most 100 bytes"):
+        load(dump(np.ones(100)))
+
+
+def test_error_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "SMPL_NEUTRAL.pkl"
+    path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(CheckpointError, match=r"SMPL_NEUTRAL\.pkl: asks for (posix|os)\.system"):
+        load_restricted_pickle(path)
