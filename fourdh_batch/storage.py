@@ -2,16 +2,73 @@
 
 No other module imports fsspec. An address is a plain local path or `<protocol>://…`; chained
 fsspec addresses (``zip://…::s3://…``) are not supported, so `::` may occur in any name.
+
+What is written is seen whole or not at all: locally a temporary file in the same folder is
+renamed, an object store gets one PUT (above `PUT_LIMIT_BYTES` a multipart upload, which also
+appears only once it is complete). Files opened for writing are never used on object stores: there
+an exception inside the `with` block publishes what was written so far.
 """
 
 from __future__ import annotations
 
+import errno
+import glob
+import logging
+import os
+import random
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from urllib.parse import quote
 
 import fsspec
 
+from fourdh_batch.errors import StorageError
+
 READ_BLOCK_BYTES = 8 * 2**20  # read ahead of remote streams; a chunk of 1080p video is a few MB
+PUT_LIMIT_BYTES = 512 * 2**20  # one PUT holds the object in memory; S3 allows 5 GiB
+MAX_ATTEMPTS = 6  # with BACKOFF_S: up to about 12 s of waiting, more than a usual throttle lasts
+BACKOFF_S = 0.4
+MAX_BACKOFF_S = 10.0
+STALE_TEMPORARY_S = 86_400.0  # a temporary file this old belongs to no living process
+MAX_KEY_PART = 120  # characters; file systems allow 255 bytes, names get prefixes and suffixes
+SAMPLE_BLOCKS = 16  # of a local file's fingerprint
+SAMPLE_BLOCK_BYTES = 16 * 1024
+
+_PERMANENT_ERRNO = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+}
+_CLIENT_LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "fsspec"}
+_PERMANENT_CLIENT_ERRORS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ParamValidationError",
+    "ProfileNotFound",
+    "InvalidEndpointConfigurationError",
+}
+_TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+# --- addresses ---------------------------------------------------------------------------------
 
 
 def is_local(uri: str) -> bool:
@@ -24,11 +81,414 @@ def local_path(uri: str) -> Path:
     return Path(uri.split("://", 1)[1] if "://" in uri else uri)
 
 
-def _filesystem(uri: str) -> tuple[Any, str]:
-    """The fsspec file system of a remote address and the path in it."""
-    cls = fsspec.get_filesystem_class(uri.split("://", 1)[0])
-    options = {"use_listings_cache": False, **cls._get_kwargs_from_urls(uri)}
-    return cls(**options), cls._strip_protocol(uri)
+def redact_uri(uri: str) -> str:
+    """The address without user, password and signed query: fit for logs and tables."""
+    if "://" not in uri:
+        return uri
+    protocol, rest = uri.split("://", 1)
+    host, slash, path = rest.partition("/")
+    if "@" in host:
+        host = "***@" + host.rpartition("@")[2]
+    if protocol in ("http", "https") and "?" in path:
+        path = path.split("?", 1)[0] + "?***"
+    return f"{protocol}://{host}{slash}{path}"
+
+
+def safe_key(text: str) -> str:
+    """Any text as one part of a key, different texts as different parts.
+
+    Letters, digits, `-`, `.` and `_` stay, except a leading `.` or `_` (Arrow ignores files and
+    folders with such names); everything else is percent-quoted UTF-8. Long texts keep their
+    beginning, followed by `~` and a digest.
+    """
+    quoted = quote(text, safe="", errors="surrogatepass").replace("~", "%7E")
+    if quoted[:1] in (".", "_"):
+        quoted = f"%{ord(quoted[0]):02X}{quoted[1:]}"
+    if not quoted:
+        return "~"
+    if len(quoted) <= MAX_KEY_PART:
+        return quoted
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return f"{quoted[: MAX_KEY_PART - len(digest) - 1]}~{digest}"
+
+
+def _check_key(key: str) -> str:
+    parts = key.split("/")
+    if not key or "\0" in key or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"expected a relative key without empty, '.' or '..' parts, got {key!r}")
+    return key
+
+
+# --- retries -----------------------------------------------------------------------------------
+
+
+def _http_status(error: BaseException) -> int | None:
+    """Status of the reply behind an error of a client library."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:  # aiohttp has `status`, gcsfs `code`
+            status = getattr(cause, "status", None) or getattr(cause, "code", None)
+        if isinstance(status, int):
+            return status
+        cause = cause.__cause__
+    return None
+
+
+def _is_from_client(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in _CLIENT_LIBRARIES
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a little later."""
+    status = _http_status(error)
+    if status is not None:
+        return status in _TRANSIENT_STATUS
+    if isinstance(error, OSError):
+        return error.errno not in _PERMANENT_ERRNO and not isinstance(error, PermissionError)
+    return _is_from_client(error) and type(error).__name__ not in _PERMANENT_CLIENT_ERRORS
+
+
+def _retry(what: str, call: Callable[[], T], attempts: int, backoff_s: float) -> T:
+    """Call until it works, with exponential backoff and full jitter.
+
+    Raises:
+        FileNotFoundError, FileExistsError: at once.
+        StorageError: a lasting fault, at once; or a passing one that did not pass.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return call()
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError) and not _is_from_client(error):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            if not _is_transient(error):
+                raise StorageError(f"{what}: {reason}") from error
+            if attempt == attempts:
+                raise StorageError(f"{what}: failed {attempts} times, last {reason}") from error
+            wait_s = random.uniform(0, min(MAX_BACKOFF_S, backoff_s * 2 ** (attempt - 1)))
+            logger.warning("%s: attempt %d of %d: %s", what, attempt, attempts, reason)
+            time.sleep(wait_s)
+    raise ValueError(f"attempts: expected at least 1, got {attempts}")
+
+
+# --- backends ----------------------------------------------------------------------------------
+
+
+class _Backend(Protocol):
+    """What `Store` needs of a file system; keys are relative to its root."""
+
+    def read(self, key: str) -> bytes: ...
+    def open(self, key: str) -> BinaryIO: ...
+    def write(self, key: str, data: bytes) -> None: ...
+    def put(self, path: Path, key: str) -> None: ...
+    def create(self, key: str, data: bytes) -> None: ...
+    def exists(self, key: str) -> bool: ...
+    def delete(self, key: str) -> None: ...
+    def delete_tree(self, prefix: str) -> None: ...
+    def list(self, prefix: str) -> list[tuple[str, int]]: ...
+
+
+class _LocalBackend:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @contextmanager
+    def _aside(self, key: str) -> Iterator[tuple[Path, BinaryIO]]:
+        """The final path and a temporary file beside it, which is gone at the end."""
+        target = self.root / key
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(target.parent)) from error
+        for old in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            with suppress(FileNotFoundError):  # its process may be removing it
+                if time.time() - old.stat().st_mtime > STALE_TEMPORARY_S:
+                    old.unlink()
+        temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            with temporary.open("xb") as file:
+                yield target, file
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _publish(self, target: Path, file: BinaryIO, *, exclusive: bool = False) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+        if exclusive:
+            os.link(file.name, target)  # atomic, and fails where the target exists
+        else:
+            Path(file.name).replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def read(self, key: str) -> bytes:
+        return (self.root / key).read_bytes()
+
+    def open(self, key: str) -> BinaryIO:
+        return (self.root / key).open("rb")
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._aside(key) as (target, file):
+            file.write(data)
+            self._publish(target, file)
+
+    def put(self, path: Path, key: str) -> None:
+        with self._aside(key) as (target, file), path.open("rb") as source:
+            shutil.copyfileobj(source, file, READ_BLOCK_BYTES)
+            self._publish(target, file)
+
+    def create(self, key: str, data: bytes) -> None:
+        with self._aside(key) as (target, file):
+            file.write(data)
+            self._publish(target, file, exclusive=True)
+
+    def exists(self, key: str) -> bool:
+        return (self.root / key).is_file()
+
+    def delete(self, key: str) -> None:
+        (self.root / key).unlink(missing_ok=True)
+
+    def delete_tree(self, prefix: str) -> None:
+        if (self.root / prefix).is_dir():
+            shutil.rmtree(self.root / prefix)
+
+    def list(self, prefix: str) -> list[tuple[str, int]]:
+        folder = self.root / prefix
+        return sorted(
+            (path.relative_to(self.root).as_posix(), size)
+            for path, size in _walk(folder)
+            if not (path.name.startswith(".") and path.name.endswith(".tmp"))
+        )
+
+
+_CREATE_LOCK = threading.Lock()  # fsspec's memory file system looks and creates in two steps
+
+
+class _RemoteBackend:
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.protocol = root.split("://", 1)[0]
+
+    def _at(self, key: str) -> tuple[Any, str]:
+        filesystem, path = _filesystem(self.root, single_attempt=True)
+        return filesystem, f"{path.rstrip('/')}/{key}" if key else path.rstrip("/")
+
+    def read(self, key: str) -> bytes:
+        filesystem, path = self._at(key)
+        return cast(bytes, filesystem.cat_file(path))
+
+    def open(self, key: str) -> BinaryIO:
+        return open_read(f"{self.root}/{key}")
+
+    def write(self, key: str, data: bytes) -> None:
+        filesystem, path = self._at(key)
+        filesystem.pipe_file(path, data)
+
+    def put(self, path: Path, key: str) -> None:
+        filesystem, target = self._at(key)
+        options: dict[str, Any] = {}
+        if self.protocol in ("s3", "s3a"):  # one PUT below twice the chunk size
+            options = {"chunksize": PUT_LIMIT_BYTES // 2, "max_concurrency": 1}
+        filesystem.put_file(str(path), target, **options)
+
+    def create(self, key: str, data: bytes) -> None:
+        filesystem, path = self._at(key)
+        try:
+            with _CREATE_LOCK:
+                filesystem.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if _http_status(error) == 412:  # Ceph's gateway; others raise FileExistsError
+                raise FileExistsError(key) from error
+            raise
+
+    def exists(self, key: str) -> bool:
+        filesystem, path = self._at(key)
+        try:
+            return bool(filesystem.info(path)["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+    def delete(self, key: str) -> None:
+        filesystem, path = self._at(key)
+        try:
+            filesystem.rm_file(path)
+        except FileNotFoundError:
+            return
+
+    def delete_tree(self, prefix: str) -> None:
+        filesystem, path = self._at(prefix)
+        found = filesystem.find(path)
+        if found:
+            filesystem.rm(found)
+
+    def list(self, prefix: str) -> list[tuple[str, int]]:
+        filesystem, base = self._at("")
+        _, path = self._at(prefix)
+        # On an object store a folder is nothing but a common beginning of keys.
+        return sorted(
+            (name[len(base) + 1 :], int(info["size"]))
+            for name, info in filesystem.find(f"{path}/", detail=True).items()
+            if info["type"] == "file" and name.startswith(f"{path}/")
+        )
+
+
+_filesystem_lock = threading.Lock()
+_filesystems: dict[tuple[int, str, bool], Any] = {}
+
+
+def _filesystem(uri: str, *, single_attempt: bool = False) -> tuple[Any, str]:
+    """The fsspec file system of a remote address and the path in it.
+
+    One instance per process serves all threads (fsspec would make one per thread, each with its
+    own connections). `single_attempt` turns the client's retries off, where `_retry` has them.
+    """
+    protocol = uri.split("://", 1)[0]
+    cls = fsspec.get_filesystem_class(protocol)
+    options: dict[str, Any] = cls._get_kwargs_from_urls(uri)
+    path = cls._strip_protocol(uri)
+    with _filesystem_lock:
+        key = (os.getpid(), f"{protocol} {sorted(options.items())}", single_attempt)
+        if key not in _filesystems:
+            options["use_listings_cache"] = False
+            if protocol in ("s3", "s3a"):
+                client: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60}
+                if single_attempt:
+                    client["retries"] = {"total_max_attempts": 1}
+                options["config_kwargs"] = client
+            filesystem = cls(**options, skip_instance_cache=True)
+            if single_attempt and hasattr(filesystem, "retries"):
+                filesystem.retries = 1
+            _filesystems[key] = filesystem
+        return _filesystems[key], path
+
+
+# --- the store ---------------------------------------------------------------------------------
+
+
+class Store:
+    """Everything below one root. Picklable; safe to use from several threads.
+
+    Every call retries passing faults (5xx, throttling, resets, timeouts) with backoff and jitter
+    and then raises `StorageError`, which names the key and the number of attempts.
+
+    Args:
+        root: local path or `<protocol>://…`.
+        attempts: how often a call is tried.
+        backoff_s: longest first pause; doubles up to `MAX_BACKOFF_S`.
+    """
+
+    def __init__(
+        self, root: str, *, attempts: int = MAX_ATTEMPTS, backoff_s: float = BACKOFF_S
+    ) -> None:
+        if not root:
+            raise ValueError("expected a path or <protocol>://…, got an empty root")
+        self._attempts = attempts
+        self._backoff_s = backoff_s
+        self._backend: _Backend
+        if is_local(root):
+            path = local_path(root).absolute()
+            self.root = str(path)
+            self._backend = _LocalBackend(path)
+        else:
+            self.root = root.rstrip("/")
+            self._backend = _RemoteBackend(self.root)
+
+    def __repr__(self) -> str:
+        return f"Store({redact_uri(self.root)!r})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_store, (self.root, self._attempts, self._backoff_s))
+
+    def _call(self, verb: str, key: str, call: Callable[[], T]) -> T:
+        what = f"{verb} {redact_uri(self.uri(key) if key else self.root)}"
+        return _retry(what, call, self._attempts, self._backoff_s)
+
+    def uri(self, key: str) -> str:
+        """The full address of a key."""
+        return f"{self.root}/{_check_key(key)}"
+
+    def read_bytes(self, key: str) -> bytes:
+        """Raises: FileNotFoundError."""
+        _check_key(key)
+        return self._call("read", key, lambda: self._backend.read(key))
+
+    def open_read(self, key: str) -> BinaryIO:
+        """Open for reading, seekable. Raises: FileNotFoundError."""
+        _check_key(key)
+        return self._call("open", key, lambda: self._backend.open(key))
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        """Write or overwrite; seen whole or not at all."""
+        _check_key(key)
+        self._call("write", key, lambda: self._backend.write(key, data))
+
+    def put_file(self, path: Path, key: str) -> None:
+        """Copy a local file to a key; seen whole or not at all."""
+        _check_key(key)
+        self._call("write", key, lambda: self._backend.put(path, key))
+
+    def create_exclusive(self, key: str, data: bytes) -> bool:
+        """Write only where nothing is; of several callers exactly one gets True.
+
+        Args:
+            key: to create.
+            data: must differ from caller to caller: after a lost reply it tells whose it is.
+        """
+        _check_key(key)
+        tried = 0
+
+        def create() -> bool:
+            nonlocal tried
+            tried += 1
+            try:
+                self._backend.create(key, data)
+            except FileExistsError:
+                if tried == 1:
+                    return False
+            # Ours after a lost reply, and not overwritten by a store that ignores the condition?
+            try:
+                return self._backend.read(key) == data
+            except FileNotFoundError:
+                return False
+
+        return self._call("create", key, create)
+
+    def exists(self, key: str) -> bool:
+        """Whether there is a file or object (not a folder) at this key."""
+        _check_key(key)
+        return self._call("look up", key, lambda: self._backend.exists(key))
+
+    def delete(self, key: str) -> None:
+        """Remove one file or object; nothing happens where there is none."""
+        _check_key(key)
+        self._call("delete", key, lambda: self._backend.delete(key))
+
+    def delete_tree(self, prefix: str) -> None:
+        """Remove everything in a folder; nothing happens where there is none."""
+        _check_key(prefix)
+        self._call("delete", prefix, lambda: self._backend.delete_tree(prefix))
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        """(key, bytes) of everything in a folder, at all depths, sorted; empty where none is."""
+        if prefix:
+            _check_key(prefix)
+        return self._call("list", prefix, lambda: self._backend.list(prefix))
+
+
+def _store(root: str, attempts: int, backoff_s: float) -> Store:
+    return Store(root, attempts=attempts, backoff_s=backoff_s)
+
+
+# --- inputs ------------------------------------------------------------------------------------
 
 
 def open_read(uri: str) -> BinaryIO:
@@ -41,3 +501,136 @@ def open_read(uri: str) -> BinaryIO:
         return local_path(uri).open("rb")
     filesystem, path = _filesystem(uri)
     return cast(BinaryIO, filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES))
+
+
+def fingerprint_file(uri: str) -> tuple[int, str]:
+    """Bytes and content fingerprint of a file; never from its name or date.
+
+    An object store's checksum (ETag) is taken where there is one. Otherwise up to
+    `SAMPLE_BLOCKS` evenly spaced blocks are hashed, the first and the last among them; files of
+    at most `SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES` are hashed whole.
+
+    Raises:
+        FileNotFoundError: there is nothing at this address.
+        StorageError: it is a folder, may not be read, or the store fails.
+    """
+
+    def fingerprint() -> tuple[int, str]:
+        digest = blake2b(digest_size=16)
+        if not is_local(uri):
+            filesystem, path = _filesystem(uri)
+            info = filesystem.info(path)
+            checksum = info.get("ETag") or info.get("md5Hash") or info.get("crc32c")
+            if checksum and info.get("size") is not None:
+                size = int(info["size"])
+                checksum = str(checksum).strip('"')
+                digest.update(f"{size} {checksum}".encode())
+                return size, digest.hexdigest()
+        with open_read(uri) as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{size} ".encode())
+            for start in _sample_starts(size):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BLOCK_BYTES))
+        return size, digest.hexdigest()
+
+    return _retry(f"fingerprint {redact_uri(uri)}", fingerprint, MAX_ATTEMPTS, BACKOFF_S)
+
+
+def _sample_starts(size: int) -> list[int]:
+    if size <= SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES:
+        return list(range(0, size, SAMPLE_BLOCK_BYTES))
+    last = size - SAMPLE_BLOCK_BYTES
+    return [last * i // (SAMPLE_BLOCKS - 1) for i in range(SAMPLE_BLOCKS)]
+
+
+def list_files(uri: str, extensions: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Files of a folder, prefix or glob at all depths, or one file.
+
+    Args:
+        uri: local or remote address; `*`, `?`, `[…]` and `**` make it a glob unless something
+            with exactly this name exists.
+        extensions: endings to keep, in lower case; not asked of a single file. Hidden files and
+            folders (a leading dot) are left out. Linked folders are followed, loops are not.
+    Returns:
+        (path relative to the folder, address, bytes), sorted by path. A dangling link has 0
+        bytes.
+    Raises:
+        FileNotFoundError: there is nothing at this address.
+    """
+
+    def list_once() -> list[tuple[str, str, int]]:
+        found = _list_local(local_path(uri)) if is_local(uri) else _list_remote(uri)
+        if len(found) == 1 and found[0][1] == uri:
+            return found
+        endings = tuple(extensions)
+        return sorted(
+            item
+            for item in found
+            if item[0].lower().endswith(endings)
+            and not any(part.startswith(".") for part in item[0].split("/"))
+        )
+
+    return _retry(f"list {redact_uri(uri)}", list_once, MAX_ATTEMPTS, BACKOFF_S)
+
+
+def _list_local(path: Path) -> list[tuple[str, str, int]]:
+    if path.is_file():
+        return [(path.name, str(path), path.stat().st_size)]
+    if path.is_dir():
+        base, found = path, _walk(path)
+    elif glob.has_magic(str(path)):
+        base = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+        names = base.glob(str(path.relative_to(base)))
+        found = [(name, _size(name)) for name in names if not name.is_dir()]
+    else:
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(path))
+    return [(name.relative_to(base).as_posix(), str(name), size) for name, size in found]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for a dangling link."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> list[tuple[Path, int]]:
+    """(file, bytes) below a folder; a link back to a folder above is not followed."""
+    found: list[tuple[Path, int]] = []
+    try:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return found
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = folder / entry.name
+                if entry.is_dir():
+                    found += _walk(path, (*above, here))
+                else:
+                    found.append((path, _size(path)))
+    except FileNotFoundError:  # removed meanwhile
+        pass
+    return found
+
+
+def _list_remote(uri: str) -> list[tuple[str, str, int]]:
+    filesystem, path = _filesystem(uri)
+    base = path.rstrip("/")
+    found = filesystem.find(f"{base}/", detail=True)
+    if (not found or list(found) == [base]) and filesystem.exists(base):
+        info = filesystem.info(path)
+        return [(base.rpartition("/")[2], uri, int(info["size"] or 0))]
+    if not found and glob.has_magic(base):
+        found = filesystem.glob(base, detail=True)
+        while glob.has_magic(base):
+            base = base.rpartition("/")[0]
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, "no such object or prefix", redact_uri(uri))
+    return [
+        (name[len(base) + 1 :], filesystem.unstrip_protocol(name), int(info["size"] or 0))
+        for name, info in found.items()
+        if info["type"] == "file" and name.startswith(f"{base}/")
+    ]
