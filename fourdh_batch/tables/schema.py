@@ -4,8 +4,8 @@ The YAML is the source of truth. Evolution is compatible only: a new version may
 columns (each with the version that brought it, `since`), so every older file stays readable.
 
 Columns with a shape are fixed-size lists of the flattened, C-ordered values; the shape stands in
-the field's metadata. In arrays handed to `make_table`, NaN stands for null in nullable float
-columns and None in all others.
+the field's metadata. In what is handed to `make_table`, null is NaN in nullable float columns, a
+masked value of a masked array, or None in a sequence.
 """
 
 from __future__ import annotations
@@ -172,6 +172,24 @@ def make_table(
     return table
 
 
+def check_table(name: str, table: Any) -> None:
+    """Check columns, types, nulls, NaN and allowed values of a finished table.
+
+    Raises:
+        SchemaError: says what was expected and what came.
+    """
+    expected = {field.name: str(field) for field in arrow_schema(name)}
+    got = {field.name: str(field) for field in table.schema}
+    if got != expected:
+        raise SchemaError(
+            f"{name}: expected {sorted(set(expected.values()) - set(got.values()))}, "
+            f"got {sorted(set(got.values()) - set(expected.values()))}"
+        )
+    if list(got) != list(expected):
+        raise SchemaError(f"{name}: expected columns in the order {list(expected)}")
+    _check_values(table_schema(name), table)
+
+
 def _is_per_row(column: Column, value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim == len(column.shape) + 1
@@ -211,21 +229,22 @@ def _make_array(where: str, column: Column, value: Any, num_rows: int) -> Any:
 
 def _numeric_array(where: str, column: Column, value: Any, num_rows: int) -> Any:
     dtype = np.dtype(_DTYPES[column.type])
-    array = np.asarray(value)
+    array = np.ma.asanyarray(value)
     expected = (num_rows, *column.shape)
     if array.shape == column.shape:
-        array = np.broadcast_to(array, expected)
+        array = np.broadcast_to(array, expected, subok=True)
     if array.shape != expected or not np.can_cast(array.dtype, dtype, "same_kind"):
         raise SchemaError(f"{where}: expected {expected} {dtype}, got {array.shape} {array.dtype}")
-    flat = np.ascontiguousarray(array, dtype=dtype).reshape(-1)
-    missing = None
+    flat = np.ascontiguousarray(np.ma.getdata(array), dtype=dtype).reshape(-1)
+    absent = np.ma.getmaskarray(array).reshape(-1)
     if column.nullable and dtype.kind == "f":
-        rows = np.isnan(flat).reshape(num_rows, -1)
+        absent = absent | np.isnan(flat)
+    missing = None
+    if absent.any():
+        rows = absent.reshape(num_rows, -1)
         missing = rows.any(axis=1)
-        if not missing.any():
-            missing = None
-        elif not np.array_equal(missing, rows.all(axis=1)):
-            raise SchemaError(f"{where}: a row must be NaN in all of its values or in none")
+        if not np.array_equal(missing, rows.all(axis=1)):
+            raise SchemaError(f"{where}: a row must be null in all of its values or in none")
     if not column.shape:
         return pa.array(flat, type=column.arrow_type, mask=missing)
     mask = None if missing is None else pa.array(missing)
@@ -249,3 +268,48 @@ def _check_values(schema: TableSchema, table: Any) -> None:
             flat = pc.list_flatten(data) if column.shape else data
             if not pc.all(pc.is_finite(flat), min_count=0).as_py():
                 raise SchemaError(f"{where}: expected finite values, got NaN or infinity")
+
+
+def tables_markdown() -> str:
+    """`docs/TABLES.md`: every table and column, from the YAML."""
+    lines = [
+        "# Tables",
+        "",
+        "Made from `schemas/*.yaml` by",
+        "",
+        "```sh",
+        "python -c 'import sys; from fourdh_batch.tables.schema import tables_markdown; "
+        "sys.stdout.write(tables_markdown())' > docs/TABLES.md",
+        "```",
+        "",
+        "Columns with a shape are fixed-size lists of the flattened values in C order "
+        "(`fourdh_batch.smpl_arrays` gives them their shape back). Image axes: x right, y down, "
+        "integer coordinates are pixel centres. Camera axes: x right, y down, z forward. "
+        "A new version only adds nullable columns; files of older versions read with null there.",
+    ]
+    for name in TABLES:
+        schema = table_schema(name)
+        lines += [
+            "",
+            f"## {name} (version {schema.version})",
+            "",
+            f"{schema.meaning} Rows are ordered by {', '.join(schema.order)} within a file.",
+            "",
+            "| column | type | unit | frame of reference | null | meaning | source |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for column in schema.columns:
+            shape = f" [{', '.join(map(str, column.shape))}]" if column.shape else ""
+            values = f" ({', '.join(column.values)})" if column.values else ""
+            since = f" (since version {column.since})" if column.since > 1 else ""
+            cells = [
+                f"`{column.name}`",
+                column.type + shape,
+                column.unit,
+                column.frame,
+                "yes" if column.nullable else "",
+                column.meaning + values + since,
+                column.source,
+            ]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

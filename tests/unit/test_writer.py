@@ -1,0 +1,317 @@
+"""Spools and published objects."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fourdh_batch.errors import SchemaError, StorageError
+from fourdh_batch.storage import Store
+from fourdh_batch.tables.manifest import read_commits
+from fourdh_batch.tables.schema import TABLES, arrow_schema, make_table
+from fourdh_batch.tables.writer import (
+    MemorySpool,
+    ObjectWriter,
+    VideoSpool,
+    object_key,
+    publish_shard,
+)
+
+HOSTILE = "../x a/b Grüße映像 . .. CON dots... _hidden = %2F ~".split() + ["x" * 300, " "]
+
+
+def tracks_table(
+    video_id: str, num_frames: int, *, first: int = 0, people: int = 2, dataset: str = "ava"
+) -> Any:
+    """Rows of a few people in consecutive frames; values depend on the row."""
+    n = num_frames * people
+    rng = np.random.default_rng(first)
+    floats = {
+        c.name: rng.normal(size=(n, *[int(d) for d in c.metadata[b"shape"].split(b",")]))
+        for c in arrow_schema("tracks")
+        if c.metadata.get(b"shape") and c.name not in ("image_size_px", "principal_point_px")
+    }
+    return make_table(
+        "tracks",
+        {
+            **{name: values.astype(np.float32) for name, values in floats.items()},
+            "dataset": dataset,
+            "video_id": video_id,
+            "shot_id": 0,
+            "frame_index": np.repeat(np.arange(first, first + num_frames), people),
+            "pts_s": np.repeat(np.arange(first, first + num_frames) / 25, people),
+            "track_id": np.tile(np.arange(1, people + 1), num_frames),
+            "state": "detected",
+            "frames_since_seen": 0,
+            "score": np.ones(n, np.float32),
+            "box_size_px": np.ones(n, np.float32),
+            "focal_px": 1000.0,
+            "principal_point_px": np.array([320, 240]),
+            "image_size_px": np.array([640, 480]),
+            "hits": 1,
+            "track_len": 0,
+            "weights": "untrained",
+            "body_model": "open",
+            "model_fingerprint": "m",
+        },
+        num_rows=n,
+    )
+
+
+def videos_table(video_id: str, *, dataset: str = "ava", status: str = "ok") -> Any:
+    row = {
+        "dataset": dataset,
+        "video_id": video_id,
+        "uri": f"/videos/{video_id}",
+        "content_fingerprint": "c",
+        "frames_decoded": 1,
+        "num_shots": 1,
+        "num_tracks": 2,
+        "num_detections": 0,
+        "status": status,
+        "shard_id": "s1",
+        "model_fingerprint": "m",
+    }
+    return make_table("videos", row, num_rows=1)
+
+
+def finished_spool(
+    store: Store, video_id: str, num_frames: int, *, step: int = 10, dataset: str = "ava", **kw: int
+) -> VideoSpool:
+    spool = VideoSpool(store, "s1", video_id, **kw)
+    for first in range(0, num_frames, step):
+        spool.append("tracks", tracks_table(video_id, step, first=first, dataset=dataset))
+    spool.append("videos", videos_table(video_id, dataset=dataset))
+    spool.finish({"track_len": {"1": num_frames, "2": num_frames} if num_frames else {}})
+    return spool
+
+
+def publish(store: Store, videos: list[VideoSpool], dataset: str = "ava") -> Any:
+    return publish_shard(
+        store,
+        shard_id="s1",
+        dataset=dataset,
+        videos=videos,
+        fingerprint="f",
+        config_fingerprint="c",
+        model_fingerprint="m",
+    )
+
+
+def test_a_published_shard_holds_its_videos_in_order_with_track_lengths(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    record = publish(store, [finished_spool(store, "b", 20), finished_spool(store, "a", 30)])
+    table = pq.read_table(tmp_path / "tracks")
+    assert table.schema.equals(arrow_schema("tracks"), check_metadata=True)
+    assert table.column("video_id").to_pylist() == ["a"] * 60 + ["b"] * 40
+    assert table.column("track_len").to_pylist() == [30] * 60 + [20] * 40
+    expected = pa.concat_tables([tracks_table("a", 10, first=f) for f in (0, 10, 20)])
+    assert table.slice(0, 60).drop_columns("track_len") == expected.drop_columns("track_len")
+    assert [video.video_id for video in record.videos] == ["a", "b"]
+    assert read_commits(store) == {"s1": record}
+    data = (tmp_path / record.objects["tracks"].key).read_bytes()
+    assert record.objects["tracks"].num_bytes == len(data)
+    assert record.objects["tracks"].sha256 == hashlib.sha256(data).hexdigest()
+    assert record.num_rows == {"tracks": 100, "detections": 0, "videos": 2, "failures": 0}
+    assert store.list("_work") == []
+
+
+DATASETS = ["ava", "007", "2024-01-01", "a b/ü=", "dataset=x", "_x", "null"]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_pandas_and_duckdb_read_the_dataset_as_a_plain_string(tmp_path: Path, dataset: str) -> None:
+    store = Store(str(tmp_path))
+    publish(store, [finished_spool(store, "a", 10, dataset=dataset)], dataset)
+    frame = pd.read_parquet(tmp_path / "tracks")
+    assert frame["dataset"].dtype == "str"
+    assert frame["dataset"].unique().tolist() == [dataset]
+    for hive in ("true", "false"):
+        rows = duckdb.sql(
+            f"select distinct dataset from read_parquet('{tmp_path}/tracks/**/*.parquet', "
+            f"hive_partitioning={hive})"
+        ).fetchall()
+        assert rows == [(dataset,)]
+
+
+def test_a_corpus_without_people_reads_as_empty_tables(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    publish(store, [finished_spool(store, "a", 0)])
+    for name in TABLES:
+        frame = pd.read_parquet(tmp_path / name)
+        assert len(frame) == (name == "videos")
+        assert list(frame.columns) == arrow_schema(name).names
+
+
+def test_the_bytes_of_an_object_do_not_depend_on_the_division_into_parts(tmp_path: Path) -> None:
+    digests = set()
+    for step, part_bytes in ((10, 1), (10, 10**9), (3000, 20_000), (1500, 1)):
+        store = Store(str(tmp_path / f"{step}-{part_bytes}"))
+        # Values of a row depend on the step, so all of them come from one table here.
+        rows = tracks_table("a", 3000)
+        spool = VideoSpool(store, "s1", "a", part_bytes=part_bytes)
+        for first in range(0, 6000, 2 * step):
+            spool.append("tracks", rows.slice(first, 2 * step))
+        spool.append("videos", videos_table("a"))
+        spool.finish({"track_len": {"1": 3000, "2": 3000}})
+        digests.add(publish(store, [spool]).objects["tracks"].sha256)
+    assert len(digests) == 1
+
+
+def test_an_exception_while_writing_publishes_nothing(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+
+    def write_half() -> None:
+        with ObjectWriter(store, "tracks", "tracks/ava/x.parquet", row_group_rows=5) as writer:
+            writer.write(tracks_table("a", 10))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
+    assert store.list() == []
+
+
+def test_an_exception_keeps_the_object_of_before(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    key = object_key("tracks", "ava", "s1")
+    with ObjectWriter(store, "tracks", key) as writer:
+        writer.write(tracks_table("a", 10))
+    before = store.read_bytes(key)
+    with pytest.raises(SchemaError, match="expected"), ObjectWriter(store, "tracks", key) as writer:
+        writer.write(videos_table("a"))
+    assert store.read_bytes(key) == before
+    assert [k for k, _ in store.list()] == [key]
+
+
+def test_a_spool_that_is_not_finished_stops_the_shard_and_leaves_no_object(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    done = finished_spool(store, "a", 10)
+    half = VideoSpool(store, "s1", "b")
+    half.append("tracks", tracks_table("b", 10))
+    with pytest.raises(StorageError, match=r"video b: .*not finished"):
+        publish(store, [done, half])
+    assert {key.split("/")[0] for key, _ in store.list()} == {"_work"}
+
+
+def test_a_video_without_its_row_in_videos_stops_the_shard(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    spool = VideoSpool(store, "s1", "a")
+    spool.finish({"track_len": {}})
+    with pytest.raises(SchemaError, match="expected one row of videos for each of"):
+        publish(store, [spool])
+    assert {key.split("/")[0] for key, _ in store.list()} == {"_work"}
+
+
+@pytest.mark.parametrize("video_id", HOSTILE)
+def test_hostile_ids_stay_inside_the_root_and_apart(tmp_path: Path, video_id: str) -> None:
+    root = tmp_path / "deep" / "root"
+    store = Store(str(root))
+    spools = [finished_spool(store, v, 10, part_bytes=1) for v in (video_id, video_id + "x")]
+    assert [len(list(spool.read("tracks"))) for spool in spools] == [1, 1]
+    publish(store, spools)
+    assert {p.relative_to(tmp_path).parts[:2] for p in tmp_path.rglob("*") if p.is_file()} == {
+        ("deep", "root")
+    }
+    ids = pq.read_table(root / "tracks").column("video_id").unique().to_pylist()
+    assert ids == [video_id, video_id + "x"]
+
+
+def test_rows_out_of_order_or_twice_are_refused(tmp_path: Path) -> None:
+    spool = VideoSpool(Store(str(tmp_path)), "s1", "a")
+    spool.append("tracks", tracks_table("a", 5, first=5))
+    with pytest.raises(SchemaError, match=r"got \(9, 1\) after \(9, 2\)"):
+        spool.append("tracks", tracks_table("a", 5, first=9))
+    with pytest.raises(SchemaError, match="expected rows of video a, got"):
+        spool.append("tracks", tracks_table("b", 5, first=20))
+
+
+def test_track_lengths_must_add_up(tmp_path: Path) -> None:
+    spool = VideoSpool(Store(str(tmp_path)), "s1", "a")
+    spool.append("tracks", tracks_table("a", 5))
+    with pytest.raises(SchemaError, match="adds up to 9, but 10 rows"):
+        spool.finish({"track_len": {"1": 9}})
+    spool.finish({"track_len": {"1": 5, "3": 5}})
+    with pytest.raises(SchemaError, match=r"lacks the tracks \[2\]"):
+        list(spool.read("tracks"))
+
+
+def test_a_spool_resumes_from_its_checkpoint_and_forgets_what_came_after(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    first = VideoSpool(store, "s1", "a", part_bytes=1)
+    first.append("tracks", tracks_table("a", 10))
+    checkpoint = first.checkpoint()
+    first.append("tracks", tracks_table("a", 10, first=10))  # lost with its process
+
+    second = VideoSpool(store, "s1", "a", part_bytes=1)
+    second.resume(checkpoint)
+    second.append("tracks", tracks_table("a", 5, first=10))
+    second.append("videos", videos_table("a"))
+    second.finish({"track_len": {"1": 15, "2": 15}})
+    frames = [t.column("frame_index").to_pylist()[-1] for t in second.read("tracks")]
+    assert frames == [9, 14]
+
+
+def test_a_superseded_writer_cannot_mix_its_rows_in(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    old = VideoSpool(store, "s1", "a", part_bytes=1)
+    old.append("tracks", tracks_table("a", 10))
+    new = VideoSpool(store, "s1", "a", part_bytes=1)
+    new.discard()
+    new.append("tracks", tracks_table("a", 3))
+    old.append("tracks", tracks_table("a", 10, first=10))
+    new.finish({"track_len": {"1": 3, "2": 3}})
+    assert sum(t.num_rows for t in new.read("tracks")) == 6
+    assert VideoSpool(store, "s1", "a").metadata() == {"track_len": {"1": 3, "2": 3}}
+
+
+def test_a_lost_part_is_noticed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    spool = finished_spool(store, "a", 20, part_bytes=1)
+    [part, _] = [key for key, _ in store.list("_work") if "/tracks-" in key]
+    store.write_bytes(part, store.read_bytes(part)[:-500])
+    with pytest.raises(StorageError, match="video a: _work/s1/a/tracks-"):
+        list(spool.read("tracks"))
+    store.delete(part)
+    with pytest.raises(StorageError, match="video a: _work/s1/a/tracks-"):
+        list(spool.read("tracks"))
+
+
+def test_memory_and_store_spools_give_the_same_rows(tmp_path: Path) -> None:
+    stored = finished_spool(Store(str(tmp_path)), "a", 30)
+    memory = MemorySpool("a")
+    for first in range(0, 30, 10):
+        memory.append("tracks", tracks_table("a", 10, first=first))
+    memory.append("videos", videos_table("a"))
+    with pytest.raises(ValueError, match="not finished"):
+        memory.tables()
+    memory.finish({"track_len": {"1": 30, "2": 30}})
+    tables = memory.tables()
+    assert tables["tracks"] == pa.concat_tables(list(stored.read("tracks")))
+    assert tables["videos"] == pa.concat_tables(list(stored.read("videos")))
+    assert tables["failures"] == arrow_schema("failures").empty_table()
+
+
+def test_an_object_is_compressed_and_has_small_row_groups(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    key = object_key("tracks", "ava", "s1")
+    with ObjectWriter(store, "tracks", key, row_group_rows=64) as writer:
+        writer.write(tracks_table("a", 50))
+        writer.write(tracks_table("b", 50))
+    metadata = pq.ParquetFile(tmp_path / key).metadata
+    assert [metadata.row_group(i).num_rows for i in range(4)] == [64, 64, 64, 8]
+    columns = [metadata.row_group(0).column(i) for i in range(metadata.num_columns)]
+    by_name = {column.path_in_schema: column for column in columns}
+    pose = by_name["body_pose.list.element"]
+    assert pose.compression == "ZSTD"
+    assert "BYTE_STREAM_SPLIT" in pose.encodings
+    assert not pose.has_dictionary_page
+    assert not pose.is_stats_set
+    assert by_name["video_id"].statistics.min == by_name["video_id"].statistics.max == "a"
