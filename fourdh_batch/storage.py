@@ -126,11 +126,15 @@ def _http_status(error: BaseException) -> int | None:
     """Status of the reply behind an error of a client library."""
     cause: BaseException | None = error
     while cause is not None:
+        library = type(cause).__module__.split(".")[0]
         response = getattr(cause, "response", None)
-        if isinstance(response, dict):
+        status: object = None
+        if isinstance(response, dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:  # aiohttp has `status`, gcsfs `code`
-            status = getattr(cause, "status", None) or getattr(cause, "code", None)
+        elif library == "gcsfs":
+            status = getattr(cause, "code", None)
+        elif library == "aiohttp":  # other errors of aiohttp have a `code` of their own making
+            status = getattr(cause, "status", None)
         if isinstance(status, int):
             return status
         cause = cause.__cause__
@@ -284,7 +288,10 @@ class _RemoteBackend:
 
     def read(self, key: str) -> bytes:
         filesystem, path = self._at(key)
-        return cast(bytes, filesystem.cat_file(path))
+        # One GET: s3fs would ask for the size and then for ranges, of which an overwrite in
+        # between makes a mix.
+        options = {"max_concurrency": 1} if self.protocol in ("s3", "s3a") else {}
+        return cast(bytes, filesystem.cat_file(path, **options))
 
     def open(self, key: str) -> BinaryIO:
         return open_read(f"{self.root}/{key}")
@@ -360,6 +367,7 @@ def _filesystem(uri: str, *, single_attempt: bool = False) -> tuple[Any, str]:
         if key not in _filesystems:
             options["use_listings_cache"] = False
             if protocol in ("s3", "s3a"):
+                options["default_cache_type"] = "none"  # Arrow reads exactly the ranges it needs
                 client: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60}
                 if single_attempt:
                     client["retries"] = {"total_max_attempts": 1}
@@ -416,6 +424,13 @@ class Store:
         """The full address of a key."""
         return f"{self.root}/{_check_key(key)}"
 
+    def filesystem(self) -> tuple[Any, str]:
+        """The fsspec file system and the root's path in it, for readers of many ranges.
+
+        None stands for the local file system. The client's own retries are on.
+        """
+        return (None, self.root) if is_local(self.root) else _filesystem(self.root)
+
     def read_bytes(self, key: str) -> bytes:
         """Raises: FileNotFoundError."""
         _check_key(key)
@@ -441,20 +456,15 @@ class Store:
 
         Args:
             key: to create.
-            data: must differ from caller to caller: after a lost reply it tells whose it is.
+            data: must differ from caller to caller: it tells whose the object is.
         """
         _check_key(key)
-        tried = 0
 
         def create() -> bool:
-            nonlocal tried
-            tried += 1
-            try:
+            with suppress(FileExistsError):
                 self._backend.create(key, data)
-            except FileExistsError:
-                if tried == 1:
-                    return False
-            # Ours after a lost reply, and not overwritten by a store that ignores the condition?
+            # Ours, also where the reply was lost and the client asked again unseen; and not
+            # overwritten by a store that ignores the condition.
             try:
                 return self._backend.read(key) == data
             except FileNotFoundError:
@@ -500,7 +510,8 @@ def open_read(uri: str) -> BinaryIO:
     if is_local(uri):
         return local_path(uri).open("rb")
     filesystem, path = _filesystem(uri)
-    return cast(BinaryIO, filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES))
+    stream = filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES, cache_type="readahead")
+    return cast(BinaryIO, stream)
 
 
 def fingerprint_file(uri: str) -> tuple[int, str]:
