@@ -32,7 +32,7 @@ import fsspec
 from fourdh_batch.errors import StorageError
 
 READ_BLOCK_BYTES = 8 * 2**20  # read ahead of remote streams; a chunk of 1080p video is a few MB
-PUT_LIMIT_BYTES = 512 * 2**20  # one PUT holds the object in memory; S3 allows 5 GiB
+PUT_LIMIT_BYTES = 256 * 2**20  # one PUT holds the object in memory; shards aim at 128 MB
 MAX_ATTEMPTS = 6  # with BACKOFF_S: up to about 12 s of waiting, more than a usual throttle lasts
 BACKOFF_S = 0.4
 MAX_BACKOFF_S = 10.0

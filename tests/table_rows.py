@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fourdh_batch.storage import Store
+from fourdh_batch.tables.manifest import CommitRecord
 from fourdh_batch.tables.schema import arrow_schema, make_table
 from fourdh_batch.tables.writer import VideoSpool, publish_shard
 
@@ -50,6 +51,7 @@ def tracks_table(
 
 
 def videos_table(video_id: str, *, dataset: str = "ava", status: str = "ok") -> Any:
+    """The row of one video."""
     row = {
         "dataset": dataset,
         "video_id": video_id,
@@ -67,9 +69,17 @@ def videos_table(video_id: str, *, dataset: str = "ava", status: str = "ok") -> 
 
 
 def finished_spool(
-    store: Store, video_id: str, num_frames: int, *, step: int = 10, dataset: str = "ava", **kw: int
+    store: Store,
+    video_id: str,
+    num_frames: int,
+    *,
+    step: int = 10,
+    dataset: str = "ava",
+    shard_id: str = "s1",
+    part_bytes: int = 2**20,
 ) -> VideoSpool:
-    spool = VideoSpool(store, "s1", video_id, **kw)
+    """A finished video with two people in every frame."""
+    spool = VideoSpool(store, shard_id, video_id, part_bytes=part_bytes)
     for first in range(0, num_frames, step):
         spool.append("tracks", tracks_table(video_id, step, first=first, dataset=dataset))
     spool.append("videos", videos_table(video_id, dataset=dataset))
@@ -77,10 +87,13 @@ def finished_spool(
     return spool
 
 
-def publish(store: Store, videos: list[VideoSpool], dataset: str = "ava") -> Any:
+def publish(
+    store: Store, videos: list[VideoSpool], dataset: str = "ava", *, shard_id: str = "s1"
+) -> CommitRecord:
+    """Publish finished spools as one shard."""
     return publish_shard(
         store,
-        shard_id="s1",
+        shard_id=shard_id,
         dataset=dataset,
         videos=videos,
         fingerprint="f",

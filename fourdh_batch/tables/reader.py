@@ -148,13 +148,15 @@ def smpl_arrays(rows: Any) -> dict[str, NDArray[Any]]:
     for column in table_schema("tracks").columns:
         if not column.shape or column.name not in names:
             continue
+        element = column.arrow_type.value_type
         try:
             values = rows[column.name]
             if not isinstance(values, pa.ChunkedArray):
-                values = pa.array(values, type=column.arrow_type)
+                values = pa.array(values, type=pa.list_(element, column.size))
             if isinstance(values, pa.ChunkedArray):
                 values = values.combine_chunks()
-            values = values.cast(column.arrow_type)
+            if values.type != column.arrow_type:
+                values = values.cast(pa.list_(element, column.size))
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise SchemaError(
                 f"tracks.{column.name}: expected lists of {column.size} {column.type}, got {error}"

@@ -73,7 +73,7 @@ def test_fingerprints_depend_on_content_not_on_order() -> None:
     assert fingerprint_of({"a": 1, "b": [1, 2]}) == fingerprint_of({"b": [1, 2], "a": 1})
     assert fingerprint_of({"a": 1}) != fingerprint_of({"a": 1.5})
     assert fingerprint_of({"a": "1"}) != fingerprint_of({"a": 1})
-    # By `b2sum -l 128` of the canonical text. Fixed: a change makes every finished shard of every user start again.
+    # By `b2sum -l 128` of the canonical text. A change makes every user's shards start again.
     assert fingerprint_of({"a": [1, "ü", None]}) == "cf4ee949bc510f67bb4f2d98bdd0c86c"
     for value in (float("nan"), {1}, object()):
         with pytest.raises((TypeError, ValueError)):
