@@ -30,8 +30,8 @@ from tests.table_rows import finished_spool, publish
 pytest.importorskip("s3fs")
 ENDPOINT = os.environ.get("FOURDH_TEST_S3")
 needs_s3 = pytest.mark.skipif(
-    ENDPOINT is None and importlib.util.find_spec("moto") is None,
-    reason="moto[server] is not installed and FOURDH_TEST_S3 is not set",
+    ENDPOINT is None and not all(map(importlib.util.find_spec, ("moto", "flask", "flask_cors"))),
+    reason="moto[s3], flask and flask-cors are not installed and FOURDH_TEST_S3 is not set",
 )
 BUCKET = f"bucket-{os.getpid()}"
 
