@@ -56,6 +56,9 @@ class DetectorConfig:
         min_width_px, min_height_px: narrower or lower boxes are dropped (PHALP: 50 and 100).
         batch_size: frames per batch.
         input_size: side of the detector's input in pixels, 0 for the model's own.
+        boxes_format: of the file of given boxes: `auto`, `ava`, `mot`, `posetrack`, `parquet`.
+        boxes_time_offset_s: time in an AVA file at which the video begins, seconds (900 for
+            the published cuts).
     """
 
     name: str = "onnx"
@@ -65,6 +68,8 @@ class DetectorConfig:
     min_height_px: float = 100.0
     batch_size: int = 8
     input_size: int = 0
+    boxes_format: str = "auto"
+    boxes_time_offset_s: float = 0.0
 
 
 @dataclass
@@ -100,14 +105,14 @@ class TrackerConfig:
 
     Attributes:
         max_age: a confirmed track survives so many missed frames.
-        min_hits: detections needed to confirm a track.
+        n_init: detections in a row that confirm a track (at most 7).
         gate: pairs that cost more are never matched.
         keep_predicted: write `state=predicted` rows for frames in which a track was missed
             between two detections.
     """
 
     max_age: int = 50
-    min_hits: int = 5
+    n_init: int = 5
     gate: float = 100.0
     keep_predicted: bool = True
 
@@ -137,7 +142,8 @@ class ClusterConfig:
         gpu_actors: model processes; 0: one per GPU of the cluster, or one on a CPU machine.
         gpus_per_actor: share of a GPU per model process; used where the cluster has GPUs.
         cpus_per_actor: cores reserved per model process.
-        tracker_actors: tracking processes; 0: one per model process.
+        cpus_per_decoder: cores reserved per decoding process.
+        trackers_per_actor: tracking processes per model process.
         units_per_actor: videos a model process works on at once, so that decoding one overlaps
             with computing another.
         chunks_ahead: chunks decoded ahead per video.
@@ -149,7 +155,8 @@ class ClusterConfig:
     gpu_actors: int = 0
     gpus_per_actor: float = 1.0
     cpus_per_actor: float = 1.0
-    tracker_actors: int = 0
+    cpus_per_decoder: float = 1.0
+    trackers_per_actor: int = 1
     units_per_actor: int = 2
     chunks_ahead: int = 2
     progress_timeout_s: float = 900.0
@@ -359,7 +366,7 @@ def _impossible(config: JobConfig) -> list[str]:
         ("hmr.batch_size", hmr.batch_size >= 0, "0 or more", hmr.batch_size),
         ("hmr.cpu_threads", hmr.cpu_threads >= 1, "at least 1", hmr.cpu_threads),
         ("tracker.max_age", tracker.max_age >= 0, "0 or more", tracker.max_age),
-        ("tracker.min_hits", tracker.min_hits >= 1, "at least 1", tracker.min_hits),
+        ("tracker.n_init", tracker.n_init >= 1, "at least 1", tracker.n_init),
         ("tracker.gate", tracker.gate >= 1, "at least 1", tracker.gate),
         ("plan.videos_per_shard", plan.videos_per_shard >= 1, "at least 1", plan.videos_per_shard),
         ("plan.mb_per_shard", plan.mb_per_shard >= 1, "at least 1", plan.mb_per_shard),
@@ -378,10 +385,16 @@ def _impossible(config: JobConfig) -> list[str]:
             cluster.cpus_per_actor,
         ),
         (
-            "cluster.tracker_actors",
-            cluster.tracker_actors >= 0,
-            "0 or more",
-            cluster.tracker_actors,
+            "cluster.cpus_per_decoder",
+            cluster.cpus_per_decoder > 0,
+            "more than 0",
+            cluster.cpus_per_decoder,
+        ),
+        (
+            "cluster.trackers_per_actor",
+            cluster.trackers_per_actor >= 1,
+            "at least 1",
+            cluster.trackers_per_actor,
         ),
         (
             "cluster.units_per_actor",

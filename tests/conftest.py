@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,19 @@ def shared() -> Path:
     if not (SHARED / "parity").is_dir():
         pytest.skip("real clips and full goldens are not on this machine (set FOURDH_SHARED)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of our own, with room for three model actors on a small machine."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=12,
+        object_store_memory=256 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()

@@ -10,9 +10,9 @@ from fourdh_batch.errors import ConfigError
 
 def test_file_and_words_are_merged_and_words_win(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
-    file.write_text("dataset: ava\ntracker:\n  max_age: 30\n  min_hits: 3\n")
+    file.write_text("dataset: ava\ntracker:\n  max_age: 30\n  n_init: 3\n")
     config = load_config(file, ["tracker.max_age=20", "hmr.device=cpu"])
-    assert (config.dataset, config.tracker.max_age, config.tracker.min_hits) == ("ava", 20, 3)
+    assert (config.dataset, config.tracker.max_age, config.tracker.n_init) == ("ava", 20, 3)
     assert config.hmr.device == "cpu"
 
 
