@@ -1,0 +1,421 @@
+"""PHALP': one person, one identity, through a whole video, frame by frame.
+
+`PhalpTracker` follows people by where they are (location and depth), by their pose and, where it
+is handed a `TextureTerm`, by how they look. Nothing here knows of files or of several videos.
+
+It follows the parity specification of PHALP', except where that advises to mend the reference
+(section 15): detections without a usable camera or with broken numbers never enter the
+association (Q5), a pair without a cost is refused (Q6), distances are taken directly (Q10), no
+track is confirmed before its detections allow it (Q15), the place and pose expected of a person
+who is out of sight are given instead of stale ones (Q16), and tracks born in the same frame are
+numbered by detection (Q28). Identities have gaps, as tentative tracks use them up (Q13).
+
+Dimension letters: `K` tracks, `M` detections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fourdh_batch.geometry import phalp_camera
+from fourdh_batch.tracking.assign import assign
+from fourdh_batch.tracking.cost import cost_terms, cost_without_texture, texture_factor
+from fourdh_batch.tracking.location import (
+    HISTORY_LENGTH,
+    PredictedLocation,
+    camera_of,
+    copied_location,
+    locate,
+    predict_location,
+)
+from fourdh_batch.tracking.track import DetectionRefs, Tracks
+from fourdh_batch.types import (
+    F32,
+    F64,
+    I64,
+    NUM_BETAS,
+    NUM_BODY_JOINTS,
+    Bool,
+    FrameDetections,
+    People,
+)
+
+DEPTH_IN_POSE = 200.0  # a pose vector ends with (tx, ty, tz / 200) (section 2.5)
+# No picture comes near it; larger numbers are garbage and could overflow further down.
+MAX_MAGNITUDE = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerSettings:
+    """Constants of the tracker; the defaults are those of 4D-Humans (section 1).
+
+    Attributes:
+        gate: a pair that costs more is never a match (hungarian_th, sections 8 and 9).
+        n_init: detections in a row that confirm a track, at most `HISTORY_LENGTH` (section 10).
+        max_age: frames that a confirmed track survives unseen; it can be matched in the frame
+            after them (max_age_track, section 10).
+        compat: number tracks born in the same frame as the reference does (section 15, Q28).
+    """
+
+    gate: float = 100.0
+    n_init: int = 5
+    max_age: int = 50
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_init <= HISTORY_LENGTH:
+            raise ValueError(f"n_init: expected 1 to {HISTORY_LENGTH}, got {self.n_init}")
+        if self.max_age < 0:
+            raise ValueError(f"max_age: expected 0 or more frames, got {self.max_age}")
+        if not self.gate >= 1:
+            raise ValueError(f"gate: no pair costs less than 1, got {self.gate}")
+
+
+class PosePredictor(Protocol):
+    """Tells the pose of tracks at a later frame from the poses they had."""
+
+    def __call__(self, pose: F32, frame_index: I64, target_frame: I64) -> F32:
+        """Predict K tracks at once.
+
+        Args:
+            pose: (K, HISTORY_LENGTH, 229) remembered pose vectors, oldest first.
+            frame_index: (K, HISTORY_LENGTH) their frames.
+            target_frame: (K,) frame to predict.
+
+        Returns:
+            (K, 229) pose vectors.
+        """
+
+
+class TextureTerm(Protocol):
+    """Keeps how the tracks of a video look and compares that with detections."""
+
+    def distances(self, frame: FrameDetections, track_id: I64, detection_row: I64) -> F64:
+        """(P,) texture distances, 0 or more, of the pairs (track_id[i], detection_row[i])."""
+
+    def observe(self, frame: FrameDetections, track_id: I64, live_track_id: I64) -> None:
+        """Learn from a frame that has been associated.
+
+        Args:
+            frame: the frame.
+            track_id: (M,) track of each detection, old or new; -1 for a refused detection.
+            live_track_id: tracks that are still followed; the others never come back.
+        """
+
+    def reset(self) -> None:
+        """Forget all tracks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """What is expected of all live tracks at a frame.
+
+    Attributes:
+        track_id: (K,) tracks, in the order of their birth.
+        location: their locations.
+        pose: (K, 229) their pose vectors.
+    """
+
+    track_id: I64
+    location: PredictedLocation
+    pose: F32
+
+    def take(self, rows: NDArray[Any]) -> Prediction:
+        """The predictions at these rows."""
+        return Prediction(self.track_id[rows], self.location.take(rows), self.pose[rows])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrackedFrame:
+    """Everything that the tracker has to say about one frame.
+
+    The first K arrays hold all confirmed tracks in the order of their birth, whether they were
+    seen in this frame or not. Of a track that was seen they give its detection, of one that was
+    not (a *ghost*) what the tracker expects.
+
+    Attributes:
+        frame_index: the frame.
+        track_id: (K,) identities, from 1.
+        detection_row: (K,) row of the detection in this frame's input; -1 for a ghost.
+        frames_since_seen: (K,) 0 where seen now.
+        hits: (K,) detections so far.
+        age: (K,) frames since the first detection, both included.
+        bbox_xyxy_px: (K, 4) the detection's box; for a ghost its last box, moved and scaled by
+            the predicted camera.
+        camera: (K, 3) (tx, ty, tz) in the virtual 256 camera.
+        global_orient: (K, 1, 3, 3).
+        body_pose: (K, 23, 3, 3).
+        betas: (K, 10).
+        backfill: earlier detections of tracks that were confirmed by this frame, newest first.
+        discarded: earlier detections of tracks that ended without ever being confirmed.
+        detection_track_id: (M,) track of every detection, confirmed or still tentative; -1 for a
+            detection that was refused because its numbers are unusable.
+    """
+
+    frame_index: int
+    track_id: I64
+    detection_row: I64
+    frames_since_seen: I64
+    hits: I64
+    age: I64
+    bbox_xyxy_px: F32
+    camera: F32
+    global_orient: F32
+    body_pose: F32
+    betas: F32
+    backfill: DetectionRefs
+    discarded: DetectionRefs
+    detection_track_id: I64
+
+    @property
+    def invalid_row(self) -> I64:
+        """Rows of the detections that were refused."""
+        return np.flatnonzero(self.detection_track_id == -1)
+
+
+class PhalpTracker:
+    """Follows the people of one video at a time.
+
+    Frames may be missing, for example where a file is damaged. Ages, predictions and `max_age`
+    count frames all the same; but nobody looked into a lost frame, so a tentative track is not
+    ended by it.
+
+    Args:
+        settings: see `TrackerSettings`.
+        pose_predictor: None: a pose stays as it was last seen.
+        texture: None: looks do not count.
+    """
+
+    def __init__(
+        self,
+        settings: TrackerSettings | None = None,
+        *,
+        pose_predictor: PosePredictor | None = None,
+        texture: TextureTerm | None = None,
+    ) -> None:
+        self.settings = settings or TrackerSettings()
+        self._pose_predictor = pose_predictor
+        self._texture = texture
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the next frame may be any frame of any video."""
+        self._tracks = Tracks.none()
+        self._next_id = 1
+        self._last_frame: int | None = None
+        if self._texture is not None:
+            self._texture.reset()
+
+    def finish(self) -> DetectionRefs:
+        """End the video.
+
+        Returns:
+            The detections of tracks that are still tentative and now never will be confirmed.
+        """
+        tentative = np.flatnonzero(self._tracks.hits < self.settings.n_init)
+        tail = self._tracks.past_detections(tentative)
+        self.reset()
+        return tail
+
+    def predict(self, frame_index: int) -> Prediction:
+        """What is expected of the live tracks at a frame after the last one; changes nothing."""
+        tracks = self._tracks
+        location = predict_location(tracks.location, tracks.frame_index, frame_index)
+        pose = tracks.pose[:, -1].copy()
+        fresh = np.flatnonzero(tracks.hits == 1)
+        copied = copied_location(tracks.location[fresh, -1])
+        location.location[fresh] = copied.location
+        location.spread[fresh] = copied.spread
+        moving = np.flatnonzero(tracks.hits > 1)
+        if self._pose_predictor is not None and len(moving):
+            target = np.full(len(moving), frame_index, np.int64)
+            pose[moving] = self._pose_predictor(
+                tracks.pose[moving], tracks.frame_index[moving], target
+            )
+        return Prediction(tracks.track_id, location, pose)
+
+    def update(self, frame: FrameDetections) -> TrackedFrame:
+        """Associate one frame.
+
+        Raises:
+            ValueError: the frame does not come after the one before.
+        """
+        now = frame.frame_index
+        if self._last_frame is not None and now <= self._last_frame:
+            raise ValueError(f"frame {now}: expected a frame after {self._last_frame}")
+        self._last_frame = now
+        n_init, max_age = self.settings.n_init, self.settings.max_age
+
+        # Only lost frames make a track older than this before it had its last chance.
+        gone = now - self._tracks.last_seen > max_age + 1
+        discarded = [self._drop(gone)]
+
+        row = np.flatnonzero(_usable(frame))
+        people = frame.people.take(row)
+        camera = phalp_camera(
+            people.pred_cam, people.box_center_px, people.box_size_px, frame.image_size_wh
+        )
+        location, pose = locate(camera), _pose_vectors(people, camera)
+        bbox = frame.bbox_xyxy_px[row]
+
+        prediction = self.predict(now)
+        cost = self._cost(frame, prediction, row, location, pose)
+        match = assign(cost, self.settings.gate, solver_order=self.settings.compat)
+
+        seen, by, new = match.track, match.detection, match.unmatched_detection
+        tracks = self._tracks
+        tracks.observe(
+            seen, now, row[by], location[by], pose[by], bbox[by], is_shot_start=frame.is_shot_start
+        )
+        backfill = tracks.past_detections(seen[tracks.hits[seen] == n_init], newest=1)
+        detection_track_id = np.full(len(frame.people), -1, np.int64)
+        detection_track_id[row[by]] = tracks.track_id[seen]
+
+        unseen_for = now - tracks.last_seen
+        ended = (unseen_for > 0) & ((tracks.hits < n_init) | (unseen_for > max_age))
+        discarded.append(self._drop(ended))
+        prediction = prediction.take(~ended)
+
+        born = np.arange(self._next_id, self._next_id + len(new))
+        self._next_id += len(new)
+        detection_track_id[row[new]] = born
+        self._tracks = self._tracks.followed_by(
+            Tracks.born(born, now, row[new], location[new], pose[new], bbox[new])
+        )
+        if self._texture is not None:
+            self._texture.observe(frame, detection_track_id, self._tracks.track_id)
+        return self._report(
+            frame, prediction, backfill, DetectionRefs.join(discarded), detection_track_id
+        )
+
+    def _drop(self, ended: Bool) -> DetectionRefs:
+        """End tracks; gives back the detections of those that were tentative."""
+        tentative = np.flatnonzero(ended & (self._tracks.hits < self.settings.n_init))
+        refs = self._tracks.past_detections(tentative)
+        if ended.any():
+            self._tracks = self._tracks.take(~ended)
+        return refs
+
+    def _cost(
+        self, frame: FrameDetections, prediction: Prediction, row: I64, location: F64, pose: F32
+    ) -> F64:
+        """(K, M) cost; `row` are the rows of the detections in the frame."""
+        cost = cost_without_texture(
+            cost_terms(prediction.location, prediction.pose, location, pose)
+        )
+        if self._texture is not None:
+            # Texture only adds to the cost: what is refused without it stays refused.
+            track, detection = np.nonzero(cost <= self.settings.gate)
+            if len(track):
+                distance = self._texture.distances(
+                    frame, prediction.track_id[track], row[detection]
+                )
+                cost[track, detection] *= texture_factor(distance)
+        return cost
+
+    def _report(
+        self,
+        frame: FrameDetections,
+        prediction: Prediction,
+        backfill: DetectionRefs,
+        discarded: DetectionRefs,
+        detection_track_id: I64,
+    ) -> TrackedFrame:
+        """The rows of a frame; `prediction` belongs to the first tracks, before those born now."""
+        now, tracks = frame.frame_index, self._tracks
+        confirmed = np.flatnonzero(tracks.hits >= self.settings.n_init)
+        unseen_for = now - tracks.last_seen[confirmed]
+        is_ghost = unseen_for > 0
+        ghost = confirmed[is_ghost]
+
+        location, pose = tracks.location[confirmed, -1], tracks.pose[confirmed, -1]
+        bbox = tracks.bbox_xyxy_px[confirmed]
+        expected = prediction.location.location[ghost]
+        bbox[is_ghost] = _moved_box(bbox[is_ghost], location[is_ghost], expected, frame)
+        location[is_ghost] = expected
+        pose[is_ghost] = prediction.pose[ghost]
+        rotation, betas = pose[:, : -3 - NUM_BETAS], pose[:, -3 - NUM_BETAS : -3]
+        rotation = rotation.reshape(-1, 1 + NUM_BODY_JOINTS, 3, 3)
+        return TrackedFrame(
+            frame_index=now,
+            track_id=tracks.track_id[confirmed],
+            detection_row=np.where(is_ghost, -1, tracks.detection_row[confirmed, -1]),
+            frames_since_seen=unseen_for,
+            hits=tracks.hits[confirmed],
+            age=now - tracks.first_frame[confirmed] + 1,
+            bbox_xyxy_px=bbox,
+            camera=camera_of(location).astype(np.float32),
+            global_orient=rotation[:, :1],
+            body_pose=rotation[:, 1:],
+            betas=betas,
+            backfill=backfill,
+            discarded=discarded,
+            detection_track_id=detection_track_id,
+        )
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything remembered, but for what the texture term keeps, as plain arrays."""
+        last_frame = [] if self._last_frame is None else [self._last_frame]
+        return {
+            **{field.name: getattr(self._tracks, field.name).copy() for field in fields(Tracks)},
+            "next_id": np.array(self._next_id, np.int64),
+            "last_frame": np.array(last_frame, np.int64),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what `state` gave, in a tracker of the same settings.
+
+        Raises:
+            ValueError: an array is missing, or there is one too many.
+        """
+        names = {field.name for field in fields(Tracks)}
+        expected = names | {"next_id", "last_frame"}
+        if set(state) != expected:
+            raise ValueError(f"tracker state: expected {sorted(expected)}, got {sorted(state)}")
+        self._tracks = Tracks(**{name: state[name].copy() for name in names})
+        self._next_id = int(state["next_id"])
+        self._last_frame = int(state["last_frame"][0]) if len(state["last_frame"]) else None
+
+
+def _usable(frame: FrameDetections) -> Bool:
+    """(M,) whether a detection can be compared: a real box, a camera in front, sane numbers."""
+    people, bbox = frame.people, frame.bbox_xyxy_px
+    usable = (bbox[:, 2:] > bbox[:, :2]).all(1)
+    usable &= (people.pred_cam[:, 0] > 0) & (people.box_size_px > 0)
+    for values in (
+        bbox,
+        frame.score,
+        people.pred_cam,
+        people.box_center_px,
+        people.box_size_px,
+        people.global_orient,
+        people.body_pose,
+        people.betas,
+    ):
+        usable &= (np.abs(values) <= MAX_MAGNITUDE).all(axis=tuple(range(1, values.ndim)))
+    return usable
+
+
+def _pose_vectors(people: People, camera: F32) -> F32:
+    """(M, 229) pose vectors (section 2.5)."""
+    m = len(people)
+    parts = [people.global_orient, people.body_pose, people.betas, camera[:, :2]]
+    flat = [part.reshape(m, int(np.prod(part.shape[1:]))) for part in parts]
+    return np.concatenate([*flat, camera[:, 2:] / DEPTH_IN_POSE], 1, dtype=np.float32)
+
+
+def _moved_box(bbox: F32, seen: F64, expected: F64, frame: FrameDetections) -> F32:
+    """(G, 4) boxes, carried along from the locations `seen` to those `expected`, in pixels."""
+    width, height = frame.image_size_wh
+    side = max(width, height)
+    margin = np.array([(side - width) // 2, (side - height) // 2])
+    origin = np.tile(seen[:, :2] * side - margin, 2)
+    target = np.tile(expected[:, :2] * side - margin, 2)
+    scale = np.exp(seen[:, 2:] - expected[:, 2:])
+    moved: F64 = np.clip(target + (bbox - origin) * scale, -MAX_MAGNITUDE, MAX_MAGNITUDE)
+    return moved.astype(np.float32)
