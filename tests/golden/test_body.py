@@ -95,6 +95,15 @@ def assert_body_equals_reference(body: SmplBody) -> None:
     )
 
 
+def test_open_body_equals_reference() -> None:
+    assert_body_equals_reference(load_body())
+
+
+def test_keypoints_of_the_open_body_touch_few_vertices() -> None:
+    """What makes `keypoints_3d` an order of magnitude cheaper than `forward`."""
+    assert len(load_body()._part_template) < 6890 / 20
+
+
 @pytest.mark.shared
 def test_kit_body_equals_reference_and_recorded_values(shared: Path) -> None:
     """Recorded with the reference implementation and smplx 0.1.28 on a fabricated body."""
