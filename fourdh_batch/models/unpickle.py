@@ -38,6 +38,8 @@ _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 _OPCODES = {opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes}
 
+UnpicklingError = pickle.UnpicklingError  # what `torch.load` raises, too
+
 # What damaged or hostile bytes make the machine raise.
 _FAILURES = (
     pickle.UnpicklingError,

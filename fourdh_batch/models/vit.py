@@ -1,0 +1,101 @@
+"""Backbone of HMR 2.0: a plain vision transformer as ViTPose has it.
+
+`B` crops, `N` = 192 tokens (16 rows of 12), `D` width, `A` attention heads.
+Parameter names are those of the published checkpoint.
+
+Source: Goel et al., Humans in 4D, section 3.1; Xu et al., ViTPose.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMAGE_HW = (256, 192)
+PATCH_PX = 16
+PATCH_PADDING_PX = 2  # shifts every patch by 2 px; the last two rows and columns are never seen
+NUM_TOKENS = (IMAGE_HW[0] // PATCH_PX) * (IMAGE_HW[1] // PATCH_PX)
+NORM_EPSILON = 1e-6  # the head has PyTorch's 1e-5
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, PATCH_PX, stride=PATCH_PX, padding=PATCH_PADDING_PX)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, 256, 192) to (B, N, D), row by row."""
+        tokens: Tensor = self.proj(image)
+        return tokens.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        b, n, d = tokens.shape
+        qkv = self.qkv(tokens).view(b, n, 3, self.num_heads, d // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, A, N, D / A)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(b, n, d))
+        return projected
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D); GELU by the error function, not by tanh."""
+        projected: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        return projected
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPSILON)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPSILON)
+        self.mlp = Mlp(dim, mlp_ratio * dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        mixed: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return mixed
+
+
+class ViT(nn.Module):
+    """Crops to tokens.
+
+    Args:
+        depth: number of blocks.
+        dim: width D.
+        num_heads: attention heads A; must divide `dim`.
+        mlp_ratio: hidden width of the MLPs over `dim`.
+    """
+
+    def __init__(self, *, depth: int, dim: int, num_heads: int, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        # Slot 0 belonged to a class token that is gone; it is added to every token.
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + NUM_TOKENS, dim))
+        self.patch_embed = PatchEmbed(dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.last_norm = nn.LayerNorm(dim, eps=NORM_EPSILON)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, 256, 192) normalised RGB to (B, N, D), in the dtype of the weights."""
+        tokens = self.patch_embed(image) + self.pos_embed[:, 1:] + self.pos_embed[:, :1]
+        for block in self.blocks:
+            tokens = block(tokens)
+        normalised: Tensor = self.last_norm(tokens)
+        return normalised

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fourdh_batch.models.vit import NUM_TOKENS, Attention, PatchEmbed, ViT
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_tokens_run_row_by_row_and_patches_are_shifted_by_two_pixels() -> None:
+    patches = PatchEmbed(1)
+    torch.nn.init.ones_(patches.proj.weight)
+    torch.nn.init.zeros_(patches.proj.bias)
+    image = torch.zeros(1, 3, 256, 192)
+    image[0, 0, 14, 30] = 1  # first pixel of row 1 and of column 2
+    image[0, 1, 254:, :] = 9  # never seen
+    image[0, 1, :, 190:] = 9
+    with torch.no_grad():
+        tokens = patches(image)[0, :, 0]
+    assert tokens.shape == (NUM_TOKENS,)
+    assert tokens.nonzero().flatten().tolist() == [1 * 12 + 2]
+
+
+def test_attention_equals_the_explicit_formula(generator: torch.Generator) -> None:
+    attention = Attention(24, 3)
+    tokens = torch.randn(2, 5, 24, generator=generator)
+    with torch.no_grad():
+        q, k, v = attention.qkv(tokens).view(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4)
+        weights = torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, dim=-1)
+        expected = attention.proj((weights @ v).transpose(1, 2).reshape(2, 5, 24))
+        torch.testing.assert_close(attention(tokens), expected, rtol=0, atol=1e-6)
+
+
+def test_slot_zero_of_the_positions_is_added_to_every_token(generator: torch.Generator) -> None:
+    vit = ViT(depth=1, dim=16, num_heads=2)
+    image = torch.randn(1, 3, 256, 192, generator=generator)
+    with torch.no_grad():
+        plain = vit(image)
+        vit.pos_embed[:, 0] = torch.linspace(-1, 1, 16)
+        shifted = vit(image)
+        vit.pos_embed[:, 0] = 0
+        vit.pos_embed[:, 1:] = torch.linspace(-1, 1, 16)
+        spread = vit(image)
+    assert (plain - shifted).abs().max() > 0.1
+    torch.testing.assert_close(shifted, spread, rtol=0, atol=1e-6)
+
+
+def test_gelu_is_the_exact_one(generator: torch.Generator) -> None:
+    vit = ViT(depth=1, dim=16, num_heads=2)
+    hidden = torch.randn(4, 64, generator=generator) * 3
+    mlp = vit.blocks[0].mlp
+    with torch.no_grad():
+        torch.nn.init.eye_(mlp.fc1.weight)
+        torch.nn.init.zeros_(mlp.fc1.bias)
+        torch.nn.init.eye_(mlp.fc2.weight)
+        torch.nn.init.zeros_(mlp.fc2.bias)
+        got = mlp(hidden[:, :16])
+    expected = F.gelu(hidden[:, :16], approximate="none")
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    assert (got - F.gelu(hidden[:, :16], approximate="tanh")).abs().max() > 1e-5
