@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fourdh_batch.geometry import crop_square
+from fourdh_batch.models.build import build_hmr2, untrained_hmr2
+from fourdh_batch.models.hmr2 import Hmr2, HmrOutput
+from fourdh_batch.models.smpl import SmplBody, load_body
+from fourdh_batch.pipeline.reconstruct import Reconstructor
+from fourdh_batch.types import FrameChunk, People
+from fourdh_batch.video.crops import crop_batch
+
+FIELDS = (
+    "global_orient",
+    "body_pose",
+    "betas",
+    "pred_cam",
+    "box_center_px",
+    "box_size_px",
+    "keypoints_3d_m",
+)
+Boxes = tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def body() -> SmplBody:
+    return load_body()
+
+
+@pytest.fixture(scope="module")
+def model(body: SmplBody) -> Hmr2:
+    """Seeded weights with read-outs loud enough that no rounding hides behind the mean."""
+    model = untrained_hmr2("mini", body, device="cpu")
+    with torch.no_grad():
+        for name in ("decpose", "decshape", "deccam"):
+            getattr(model.smpl_head, name).weight.mul_(30)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """MKL cuts a product by the number of threads, so the last bits belong to that number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_chunk(video_id: str, num_frames: int, height: int, width: int, seed: int) -> FrameChunk:
+    rng = np.random.default_rng(seed)
+    index = np.arange(10, 10 + num_frames)
+    return FrameChunk(
+        video_id=video_id,
+        frame_index=index,
+        pts=index * 100,
+        pts_s=index / 25,
+        rgb=rng.integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8),
+    )
+
+
+def make_boxes(chunk: FrameChunk, num: int, seed: int) -> Boxes:
+    rng = np.random.default_rng(seed)
+    width, height = chunk.image_size_wh
+    low = rng.uniform([-20, -20], [width * 0.6, height * 0.6], (num, 2))
+    size = rng.uniform(30, 120, (num, 2))
+    rows = np.sort(rng.integers(0, chunk.num_frames, num))
+    return rows, np.concatenate([low, low + size], axis=1).astype(np.float32)
+
+
+NO_BOXES = np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
+
+
+@pytest.fixture(scope="module")
+def work() -> tuple[list[FrameChunk], list[Boxes]]:
+    """Three videos of different sizes; nobody in the second."""
+    chunks = [
+        make_chunk("a", 4, 120, 160, 0),
+        make_chunk("b", 2, 64, 64, 1),
+        make_chunk("c", 3, 200, 90, 2),
+    ]
+    return chunks, [make_boxes(chunks[0], 5, 0), NO_BOXES, make_boxes(chunks[2], 4, 1)]
+
+
+def assert_same(found: People, expected: People) -> None:
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+
+
+def test_people_come_back_in_the_order_of_their_boxes(model: Hmr2, work: Any) -> None:
+    chunks, boxes = work
+    people = Reconstructor(model).reconstruct(chunks, boxes)
+    assert [len(p) for p in people] == [5, 0, 4]
+    for chunk, (rows, bbox), found in zip(chunks, boxes, people, strict=True):
+        center, size = crop_square(bbox)
+        np.testing.assert_array_equal(found.box_center_px, center)
+        np.testing.assert_array_equal(found.box_size_px, size)
+        for i in range(len(rows)):
+            one = slice(i, i + 1)
+            inputs = (chunk.rgb, rows[one], center[one], size[one])
+            with torch.inference_mode():
+                expected = model(crop_batch(*(torch.from_numpy(a) for a in inputs)))
+            np.testing.assert_array_equal(found.body_pose[i], expected.body_pose[0])
+            np.testing.assert_array_equal(found.global_orient[i], expected.global_orient[0])
+            np.testing.assert_array_equal(found.betas[i], expected.betas[0])
+            np.testing.assert_array_equal(found.pred_cam[i], expected.pred_cam[0])
+            np.testing.assert_array_equal(found.keypoints_3d_m[i], expected.keypoints_3d[0])
+
+
+def test_a_person_is_the_same_whatever_its_companions(model: Hmr2, work: Any) -> None:
+    chunks, boxes = work
+    together = Reconstructor(model).reconstruct(chunks, boxes)
+    # Another order of the chunks moves everybody to another place with other neighbours.
+    turned = Reconstructor(model).reconstruct(chunks[::-1], boxes[::-1])
+    for found, expected in zip(turned[::-1], together, strict=True):
+        assert_same(found, expected)
+    rows, bbox = boxes[0]
+    for i in range(len(rows)):
+        one = [(rows[i : i + 1], bbox[i : i + 1])]
+        alone = Reconstructor(model).reconstruct(chunks[:1], one)
+        assert_same(alone[0], together[0].take(slice(i, i + 1)))
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_batch_sizes_agree_to_rounding(model: Hmr2, work: Any, batch_size: int) -> None:
+    one, many = (Reconstructor(model, batch_size=b).reconstruct(*work) for b in (1, batch_size))
+    for found, expected in zip(many, one, strict=True):
+        for name in FIELDS:
+            np.testing.assert_allclose(
+                getattr(found, name), getattr(expected, name), rtol=0, atol=3e-5, err_msg=name
+            )
+
+
+def test_read_only_frames_are_read_without_a_warning(model: Hmr2, work: Any) -> None:
+    chunks, boxes = work
+    expected = Reconstructor(model).reconstruct(chunks[:1], boxes[:1])
+    rgb = chunks[0].rgb.copy()
+    rgb.setflags(write=False)
+    chunk = FrameChunk("a", chunks[0].frame_index, chunks[0].pts, chunks[0].pts_s, rgb)
+    assert_same(Reconstructor(model).reconstruct([chunk], boxes[:1])[0], expected[0])
+
+
+def test_nothing_to_do(model: Hmr2, work: Any) -> None:
+    chunks, _ = work
+    reconstructor = Reconstructor(model)
+    assert reconstructor.reconstruct([], []) == []
+    found = reconstructor.reconstruct(chunks, [NO_BOXES] * 3)
+    assert [len(people) for people in found] == [0, 0, 0]
+    assert reconstructor.num_people == 0
+
+
+class Counting(Hmr2):
+    """Notes the sizes of its batches; pretends that larger ones exceed the memory."""
+
+    fits: int
+    seen: list[int]
+
+    def forward(self, crops: torch.Tensor, *, with_vertices: bool = False) -> HmrOutput:
+        self.seen.append(len(crops))
+        if len(crops) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(crops, with_vertices=with_vertices)
+
+
+def counting(model: Hmr2, *, fits: int) -> Counting:
+    copy = Counting(
+        model.backbone,
+        model.smpl_head,
+        model.body,
+        size_name=model.size_name,
+        weights_origin=model.weights_origin,
+        weights_digest=model.weights_digest,
+    )
+    copy.fits, copy.seen = fits, []
+    return copy
+
+
+def test_batches_are_full_and_mix_videos(model: Hmr2, work: Any) -> None:
+    counted = counting(model, fits=100)
+    Reconstructor(counted, batch_size=4).reconstruct(*work)
+    assert counted.seen == [4, 4, 4]  # nine people
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nobody(
+    model: Hmr2, work: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted = counting(model, fits=2)
+    reconstructor = Reconstructor(counted, batch_size=8)
+    with caplog.at_level(logging.WARNING):
+        found = reconstructor.reconstruct(*work)
+    assert counted.seen == [8, 4, 2, 2, 2, 2, 2]
+    assert reconstructor.batch_size == 2
+    assert [r.message for r in caplog.records] == [
+        "out of device memory: batches of 4 crops from now on",
+        "out of device memory: batches of 2 crops from now on",
+    ]
+    for got, expected in zip(
+        found, Reconstructor(model, batch_size=2).reconstruct(*work), strict=True
+    ):
+        assert_same(got, expected)
+
+
+def test_a_single_crop_that_does_not_fit_is_an_error(model: Hmr2, work: Any) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        Reconstructor(counting(model, fits=0), batch_size=2).reconstruct(*work)
+
+
+def test_results_that_are_not_finite_are_kept_and_named(
+    body: SmplBody, model: Hmr2, work: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights["smpl_head.deccam.bias"][0] = float("nan")
+    broken = build_hmr2("mini", body, weights, origin="imported", device="cpu")
+    reconstructor = Reconstructor(broken)
+    with caplog.at_level(logging.WARNING):
+        found = reconstructor.reconstruct(*work)
+    assert np.isnan(found[0].pred_cam[:, 0]).all()
+    assert np.isfinite(found[0].body_pose).all()
+    assert (reconstructor.num_people, reconstructor.num_non_finite) == (9, 9)
+    frames = np.unique(work[0][2].frame_index[work[1][2][0]]).tolist()
+    assert caplog.records[-1].message == f"video c, frames {frames}: results that are not finite"
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "box", "message"),
+    [
+        (4, [0, 0, 9, 9], r"video a, frames from \[10\]: expected rows 0 to 3, got \[4\]"),
+        (2, [0, 0, np.nan, 9], "video a, frame 12: expected a finite box .*, got"),
+        (2, [5, 0, 5, 9], r"video a, frame 12: .* got \[5.0, 0.0, 5.0, 9.0\]"),
+        (2, [0, 0, 9], r"expected rows \(1,\) and boxes \(1, 4\), got \(1,\) and \(1, 3\)"),
+    ],
+)
+def test_wrong_boxes_are_refused_by_name(
+    model: Hmr2, work: Any, row: int, box: list[float], message: str
+) -> None:
+    chunk = work[0][0]
+    boxes = np.array([row]), np.array([box], np.float32)
+    with pytest.raises(ValueError, match=message):
+        Reconstructor(model).reconstruct([chunk], [boxes])
+
+
+def test_batch_size_must_be_positive(model: Hmr2) -> None:
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        Reconstructor(model, batch_size=0)
