@@ -115,9 +115,15 @@ def build_hmr2(
     )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone.to_empty(device=device)
-    head.to_empty(device=device)
-    model.load_state_dict({**model.state_dict(), **fitting})
+    for prefix, part in zip(PARTS, (backbone, head), strict=True):
+        part.load_state_dict(
+            {
+                name.removeprefix(prefix): tensor.to(device, copy=True)
+                for name, tensor in fitting.items()
+                if name.startswith(prefix)
+            },
+            assign=True,
+        )
     return model.to(device).eval()
 
 
