@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fourdh_batch.errors import CheckpointError
-from fourdh_batch.models.unpickle import load_restricted_pickle
+from fourdh_batch.models.unpickle import ChumpyFormula, load_restricted_pickle
 from fourdh_batch.types import F32, I64, NUM_BETAS, NUM_BODY_JOINTS, NUM_KEYPOINTS
 
 OPEN_BODY_PATH = Path(__file__).resolve().parents[1] / "assets" / "open_body.npz"
@@ -351,7 +351,8 @@ def _checked(
         and (got[-1] == shape[-1] or (cut_last and got[-1] >= (shape[-1] or 0)))
     )
     if not fits:
-        raise CheckpointError(f"{what}: expected shape {shape}, got {got or type(value).__name__}")
+        kind = value.origin if isinstance(value, ChumpyFormula) else type(value).__name__
+        raise CheckpointError(f"{what}: expected shape {shape}, got {got or kind}")
     is_sparse = isinstance(
         value, (scipy.sparse.csc_matrix, scipy.sparse.csr_matrix, scipy.sparse.coo_matrix)
     )

@@ -8,7 +8,7 @@ was never meant for hostile input, is not reached. Every other name ends the rea
 
 What comes out: numbers, strings, bytes, lists, tuples, dicts, sets, `numpy.ndarray`,
 NumPy scalars and dtypes, `scipy.sparse` csc, csr and coo matrices. A chumpy object comes out as
-the array that it holds.
+the array that it holds, or as a `ChumpyFormula` where it would have to be computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import io
 import pickle
 import pickletools
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, ClassVar, NoReturn, cast
 
 import numpy as np
@@ -36,6 +39,8 @@ _DTYPE_SPEC = re.compile(r"[<>=|]?(?:[biuf][1248]|f16|c(?:8|16)|\?|[bBhHiIlLqQef
 
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
+# Arguments that are lines of text; pickletools would take them for ASCII with escapes.
+_TEXT_LINES = {"STRING": 1, "GLOBAL": 2, "INST": 2}
 _OPCODES = {opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes}
 
 UnpicklingError = pickle.UnpicklingError  # what `torch.load` raises, too
@@ -54,6 +59,19 @@ _FAILURES = (
     TypeError,
     ValueError,
 )
+
+
+@dataclass(frozen=True)
+class ChumpyFormula:
+    """A chumpy object that holds no array of its own; inert.
+
+    Attributes:
+        origin: its class, e.g. ``chumpy.ch_ops.add``.
+        fields: the names under which it keeps its operands.
+    """
+
+    origin: str
+    fields: tuple[str, ...]
 
 
 def load_restricted_pickle(path_or_file: str | Path | BinaryIO) -> object:
@@ -105,8 +123,9 @@ def _check_opcodes(data: bytes) -> None:
             raise CheckpointError(f"byte {position}: opcode {opcode.name} is not admitted")
         if opcode.name == "STOP":
             return
-        if opcode.name == "STRING":  # bytes of Python 2, of which pickletools admits only ASCII
-            stream.readline()
+        if opcode.name in _TEXT_LINES:
+            for _ in range(_TEXT_LINES[opcode.name]):
+                stream.readline()
         elif opcode.arg is not None:
             argument = opcode.arg.reader(stream)
             if "PUT" in opcode.name and argument > MAX_MEMO_INDEX:
@@ -240,7 +259,7 @@ class _CooMatrix(_SparseMatrix):
 class _Chumpy(metaclass=_Sealed):
     """Passive stand-in for an object of the chumpy library: keeps the state, computes nothing."""
 
-    state: dict[str, object]
+    state: Mapping[str, object] = MappingProxyType({})
     origin: ClassVar[str]
 
     def __setstate__(self, state: object) -> None:
@@ -361,9 +380,8 @@ def _sparse_matrix(
     stored: _SparseMatrix, done: dict[int, tuple[object, object]]
 ) -> scipy.sparse.spmatrix[Any]:
     state: dict[str, Any] = {key: _plain(item, done) for key, item in stored.state.items()}
-    shape = state.get("_shape", state.get("shape"))
-    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-        raise _RefusedError(f"{stored.kind}_matrix with shape {shape!r}")
+    rows, columns = state["_shape"]
+    shape = int(rows), int(columns)
     if isinstance(stored, _CooMatrix):
         row, col = state["coords"] if "coords" in state else (state["row"], state["col"])
         return scipy.sparse.coo_matrix((state["data"], (row, col)), shape=shape)
@@ -377,25 +395,23 @@ def _sparse_matrix(
     return matrix
 
 
-def _chumpy_array(stored: _Chumpy, done: dict[int, tuple[object, object]]) -> NDArray[Any]:
-    """The array that a chumpy object holds.
+def _chumpy_array(
+    stored: _Chumpy, done: dict[int, tuple[object, object]]
+) -> NDArray[Any] | ChumpyFormula:
+    """The array that a chumpy object holds, or the name of what it would compute.
 
-    A plain `Ch` has it under `x`. A `Select` picks `idxs` of the flattened `a` and may then take
-    a `preferred_shape`. Anything else is a formula, and a formula is not data.
+    A plain `Ch` has its array under `x`. A `Select` picks `idxs` of the flattened `a` and may then
+    take a `preferred_shape`.
     """
-    done[id(stored)] = stored, None  # an object that contains itself is caught below
+    formula = ChumpyFormula(stored.origin, tuple(sorted(map(str, stored.state))))
+    done[id(stored)] = stored, formula  # what an object that contains itself finds
     state = stored.state
     if stored.origin.endswith(".Select") and "a" in state and "idxs" in state:
         source, idxs = _plain(state["a"], done), np.asarray(_plain(state["idxs"], done))
         if not isinstance(source, np.ndarray) or idxs.dtype.kind not in "iu":
-            raise CheckpointError(f"{stored.origin}: expected an array and integer indices")
+            return formula
         picked: NDArray[Any] = source.ravel()[idxs]
         shape = state.get("preferred_shape")
         return picked if shape is None else picked.reshape(cast(Any, _plain(shape, done)))
     value = _plain(state.get("x"), done)
-    if not isinstance(value, (np.ndarray, np.generic, int, float)):
-        raise CheckpointError(
-            f"{stored.origin}: expected an object that holds its array under 'x', "
-            f"got one with {sorted(map(str, state))}"
-        )
-    return np.asarray(value)
+    return np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else formula

@@ -91,8 +91,10 @@ def test_official_pickle_gives_the_same_body_as_an_npz(
         preferred_shape=(NUM_VERTICES, 3),
     )
     shapes.__dict__.update(x=official["shapedirs"])
+    unused = ch()
+    unused.__dict__.update(a=template, b=shapes)
     path = tmp_path / "SMPL_NEUTRAL.pkl"
-    content = {**official, "v_template": template, "shapedirs": shapes}
+    content = {**official, "v_template": template, "shapedirs": shapes, "J": unused}
     path.write_bytes(pickle.dumps(content, protocol=2))
     for name in ("chumpy.reordering", "chumpy.ch", "chumpy"):
         monkeypatch.delitem(sys.modules, name)
@@ -108,6 +110,21 @@ def test_official_pickle_gives_the_same_body_as_an_npz(
     assert body.ft is None
     np.testing.assert_array_equal(body.faces, official["f"])
     np.testing.assert_array_equal(body.shapedirs, np.float32(official["shapedirs"][..., :10]))
+
+
+def test_array_that_chumpy_would_have_to_compute_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, official: dict[str, Any]
+) -> None:
+    module = types.ModuleType("chumpy.ch_ops")
+    monkeypatch.setitem(sys.modules, "chumpy", types.ModuleType("chumpy"))
+    monkeypatch.setitem(sys.modules, "chumpy.ch_ops", module)
+    add = type("add", (), {"__module__": "chumpy.ch_ops"})
+    monkeypatch.setattr(module, "add", add, raising=False)
+    path = tmp_path / "SMPL_NEUTRAL.pkl"
+    path.write_bytes(pickle.dumps({**official, "v_template": add()}, protocol=2))
+    np.save(tmp_path / "extra.npy", np.zeros((NUM_REGRESSED, NUM_VERTICES)))
+    with pytest.raises(CheckpointError, match=r"v_template: .* got chumpy\.ch_ops\.add"):
+        load_body(path, extra_regressor=tmp_path / "extra.npy")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pkl"])
