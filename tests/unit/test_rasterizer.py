@@ -115,7 +115,11 @@ def test_a_face_through_the_near_plane_is_dropped_whole() -> None:
 
 def test_what_lies_beyond_the_far_plane_is_not_drawn() -> None:
     vertices, faces = random_scene(1)
-    assert (draw(vertices + torch.tensor([0, 0, 200.0]), faces).face_index == -1).all()
+    whole, cut = draw(vertices, faces), draw(vertices, faces, far=5.0)
+    beyond = (whole.depth >= 5.0) & (whole.face_index >= 0)
+    assert beyond.any()
+    assert (cut.face_index[beyond] == -1).all()
+    assert torch.equal(cut.face_index[~beyond], whole.face_index[~beyond])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
