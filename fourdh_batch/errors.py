@@ -18,6 +18,7 @@
         ├── TruncatedVideoError     TRUNCATED        ends before its headers say
         ├── BadTimestampsError      BAD_TIMESTAMPS   presentation times do not increase
         ├── DecoderRefusedError     DECODER_REFUSED  the chosen decoder would be wrong here
+        ├── BadBoxesError           BAD_BOXES        boxes given for it cannot be used
         ├── DecodeStalledError      STALLED          no frame within the time limit
         └── WorkerDiedError         WORKER_DIED      a process died while it held this video
 
@@ -134,6 +135,10 @@ class BadTimestampsError(VideoError):
 
 class DecoderRefusedError(VideoError):
     code = "DECODER_REFUSED"
+
+
+class BadBoxesError(VideoError):
+    code = "BAD_BOXES"
 
 
 class DecodeStalledError(VideoError):
