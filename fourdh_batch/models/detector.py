@@ -152,8 +152,8 @@ DETECTORS: dict[str, tuple[Callable[[DetectorSettings], Detector], str]] = {
     ),
     "detectron2_vitdet_h": (
         _detectron2("detectron2_vitdet_h"),
-        "the published model_final_f05665.pkl of cascade Mask R-CNN with ViTDet-H, "
-        "or the same as .pth or .safetensors",
+        "the published cascade Mask R-CNN with ViTDet-H (model_final_f05665.pkl, too large to be "
+        "unpickled safely here), saved again as .pth or .safetensors",
     ),
     "detectron2_mask_rcnn": (
         _detectron2("detectron2_mask_rcnn"),

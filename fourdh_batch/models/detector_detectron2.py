@@ -32,8 +32,8 @@ MASK_RCNN_CONFIG = "COCO-InstanceSegmentation/mask_rcnn_X_101_32x8d_FPN_3x.yaml"
 VITDET_EDGES_PX = (1024, 1024)
 MASK_RCNN_EDGES_PX = (800, 1333)
 INSTALL = (
-    "needs Detectron2, which is built from source: pip install --no-build-isolation "
-    "'git+https://github.com/facebookresearch/detectron2'"
+    "needs Detectron2, which is built from source, and timm: pip install timm && pip install "
+    "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2'"
 )
 
 
@@ -42,7 +42,8 @@ class Detectron2Detector:
 
     Args:
         name: ``detectron2_vitdet_h`` or ``detectron2_mask_rcnn``.
-        path: weights as .pkl, .pth or .safetensors.
+        path: weights as .pkl (up to the size that `models/unpickle.py` allows), .pth or
+            .safetensors.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         min_score: instances with lower scores are not handed out.
         batch_size: frames per forward pass.

@@ -1,20 +1,22 @@
 """Boxes that somebody else found or drew: AVA csv, MOT text, PoseTrack json, Parquet.
 
-| format | where | boxes | placed on |
-|---|---|---|---|
-| `ava` | one csv, no header: video_id, second, x1, y1, x2, y2 (0 to 1), action_id, score or
-  person_id | rows of one box with several actions count once, with their best score | the frame
-  nearest in presentation time |
-| `mot` | a folder or a path with ``{video_id}``: frame (from 1), id, left, top (corner from 1),
-  width, height, confidence, ... | all, ids and classes aside | that frame |
-| `posetrack` | one json, or a folder or path with ``{video_id}``: images and annotations with
-  bbox = left, top, width, height | category 1 | the number in the image's file name (from 0) |
-| `parquet` | a file or a folder of parts: video_id (or video), frame_index, bbox_xyxy_px [4],
-  score, optionally mask_rle | all | frame_index |
+`ava`: one csv without header: video_id, second, x1, y1, x2, y2 (0 to 1), action_id, score or
+person_id. Rows of one box with several actions count once, with their best score. Placed on the
+frame that is nearest in presentation time.
+
+`mot`: a folder, or a path with ``{video_id}``, of text files: frame (from 1), id, left, top (the
+corner counts from 1), width, height, confidence, more. Ids and classes are not looked at.
+
+`posetrack`: one json, or a folder or path with ``{video_id}``: images, and annotations with
+bbox = left, top, width, height. Category 1 only. The frame is the number in the image's file name,
+from 0.
+
+`parquet`: a file or a folder of parts: video_id (or video), frame_index, bbox_xyxy_px [4], score,
+optionally mask_rle. The `detections` table of this package is one.
 
 A file without scores gives every box 1. A video that does not occur has no boxes; `has_video`
-tells. One csv or json is read once into sorted arrays; Parquet is read per video, only the row
-groups that can hold it.
+tells. One csv or json is read once into sorted arrays; of Parquet only the row groups that can
+hold a video are read for it.
 """
 
 from __future__ import annotations
