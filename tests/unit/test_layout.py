@@ -22,7 +22,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # library: the modules that may import it
 DOORS: dict[str, set[str]] = {
-    "av": {"video.decode", "view.overlay", "synthetic.corpus"},
+    "av": {"video.scan", "video.decode", "view.overlay", "synthetic.corpus"},
     "decord": {"video.decode"},
     "cv2": {"video.shots", "models.detector", "models.detector_onnx", "view.overlay"},
     "ray": {"cluster.actors", "cluster.run", "cluster.job"},
