@@ -125,11 +125,13 @@ class PlanConfig:
         videos_per_shard: at most so many.
         mb_per_shard: a shard is closed when its video files exceed this, MiB.
         limit: take only the first so many videos; 0 for all.
+        retry_quarantined: also redo finished shards that hold a quarantined video.
     """
 
     videos_per_shard: int = 200
     mb_per_shard: int = 512
     limit: int = 0
+    retry_quarantined: bool = False
 
 
 @dataclass
@@ -202,7 +204,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     layers: list[tuple[str, str, Any]] = []  # (source, dotted key, value)
     if path is not None:
         try:
-            loaded = OmegaConf.to_container(OmegaConf.load(path))
+            loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
         except FileNotFoundError:
             raise ConfigError(f"config file {path}: no such file") from None
         except (YAMLError, OmegaConfBaseException, OSError) as error:

@@ -11,15 +11,15 @@ size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
 from fourdh_batch.types import F32, F64
+
+if TYPE_CHECKING:  # imported where it is used: the tracker's process does without torch
+    from torch import Tensor
 
 Floats = NDArray[np.floating[Any]]
 
@@ -45,6 +45,9 @@ def rot6d_to_rotmat(rot6d: Tensor) -> Tensor:
 
     Source: Zhou et al., On the Continuity of Rotation Representations, equation 15.
     """
+    import torch
+    import torch.nn.functional as F
+
     a1, a2 = rot6d[..., :3], rot6d[..., 3:]
     b1 = F.normalize(a1, dim=-1)
     b2 = F.normalize(a2 - (b1 * a2).sum(-1, keepdim=True) * b1, dim=-1)
@@ -194,6 +197,8 @@ def crop_camera_translation(pred_cam: Tensor) -> Tensor:
 
     Source: HMR 2.0, section 3.1.
     """
+    import torch
+
     depth = 2 * CROP_FOCAL_PX / (CROP_PX * pred_cam[:, 0] + DEPTH_EPSILON)
     return torch.stack((pred_cam[:, 1], pred_cam[:, 2], depth), dim=-1)
 

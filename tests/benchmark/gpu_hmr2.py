@@ -197,7 +197,8 @@ def published_backbone(checkout: Path, ours: nn.Module, device: torch.device) ->
     spec.loader.exec_module(module)
     network: nn.Module = module.vit(None)
     network.load_state_dict(ours.state_dict())
-    return network.to(device).eval()
+    network.to(device).eval()  # its train() gives nothing back
+    return network
 
 
 # ---------------------------------------------------------------- tables

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ LEVELS: list[set[str]] = [
     {"config", "video", "models", "tracking", "tables", "view", "synthetic"},
     {"pipeline"},
     {"cluster"},
-    {"cli", "__main__", "__init__"},
+    {"cli"},
+    {"__main__", "__init__"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -25,7 +28,7 @@ DOORS: dict[str, set[str]] = {
     "av": {"video.scan", "video.decode", "view.overlay", "synthetic.corpus"},
     "decord": {"video.decode"},
     "cv2": {"video.shots", "models.detector", "models.detector_onnx", "view.overlay"},
-    "ray": {"cluster.actors", "cluster.run", "cluster.job"},
+    "ray": {"cluster.decoding", "cluster.model_actor", "cluster.run", "cluster.tracker_actor"},
     "smplx": {"models.smpl"},
     "onnxruntime": {"models.detector_onnx"},
     "transformers": {"models.detector_transformers"},
@@ -80,3 +83,12 @@ def test_a_heavy_library_stays_behind_its_door(name: str) -> None:
         library = target.split(".")[0]
         if library in DOORS:
             assert name in DOORS[library], f"{name} must not import {library}"
+
+
+@pytest.mark.parametrize("name", ["cluster.decoding", "cluster.tracker_actor", "tables.reader"])
+def test_light_processes_do_without_the_model_libraries(name: str) -> None:
+    heavy = "torch", "onnxruntime", "transformers", "smplx"
+    code = f"import sys, fourdh_batch.{name}; print(*({heavy} & sys.modules.keys()))"
+    code = code.replace(str(heavy), repr(set(heavy)))
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == ""

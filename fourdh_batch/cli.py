@@ -1,0 +1,393 @@
+"""The command `fourdh`, and what the scripts in `jobs/` share with it: words to settings to a call.
+
+Exit codes: 0 all done; 3 done, but some videos failed in part or wholly (see the `failures`
+table); 1 failed; 2 usage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fourdh_batch import __version__
+from fourdh_batch.cluster import run as cluster
+from fourdh_batch.config import describe_settings, load_config, require
+from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
+from fourdh_batch.models.build import (
+    HMR2_SIZES,
+    check_checkpoint,
+    convert_official_checkpoint,
+)
+from fourdh_batch.pipeline.engine import UNTRAINED
+from fourdh_batch.pipeline.plan import plan_shards, read_corpus
+from fourdh_batch.pipeline.shard import FAILED, OK, PARTIAL, QUARANTINED
+from fourdh_batch.storage import Store
+from fourdh_batch.tables.reader import read_table, read_tracks
+from fourdh_batch.video.decode import VideoReader
+from fourdh_batch.view.overlay import write_overlay_video
+
+logger = logging.getLogger(__name__)
+
+DONE, FAIL, USAGE = 0, 1, 2
+LOG_EVERY_S = 10.0
+_MIB = 1 << 20
+
+app = typer.Typer(
+    name="fourdh",
+    help="Every person in a video corpus, in 3D, with an identity over time, in a table.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Settings are key=value words; `fourdh settings` lists them all.",
+)
+weights_app = typer.Typer(help="Import and check model weights.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
+
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="[JOB.yaml] KEY=VALUE...", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@app.command("run")
+def run_command(words: Words = None, as_json: AsJson = False) -> None:
+    """Bring the tables of an output up to date with a corpus.
+
+    Only what is new or changed is done; an interrupted run continues.
+
+    Example: fourdh run input=/data/videos output=/data/tables hmr.weights=hmr2.safetensors
+    detector.name=onnx detector.path=rtmdet.onnx
+    """
+    raise typer.Exit(run_job(*_split(words), as_json=as_json))
+
+
+@app.command("plan")
+def plan_command(words: Words = None, as_json: AsJson = False) -> None:
+    """Show what a run would do, without doing it: shards, videos, bytes.
+
+    Example: fourdh plan input=/data/videos output=/data/tables
+    """
+
+    def plan() -> int:
+        config = load_config(*_split(words))
+        require(config, "input", "output")
+        videos = read_corpus(config.input, limit=config.plan.limit)
+        shards = plan_shards(
+            Store(config.output),
+            config.dataset,
+            videos,
+            videos_per_shard=config.plan.videos_per_shard,
+            mb_per_shard=config.plan.mb_per_shard,
+            record=False,
+        )
+        rows = [
+            {
+                "shard": shard.shard_id,
+                "videos": len(shard.videos),
+                "mib": round(sum(v.num_bytes for v in shard.videos) / _MIB, 1),
+            }
+            for shard in shards
+        ]
+        if as_json:
+            typer.echo(json.dumps(rows))
+            return DONE
+        table = Table("shard", "videos", "MiB", title=f"{len(videos)} videos, {len(rows)} shards")
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        Console().print(table)
+        return DONE
+
+    raise typer.Exit(_guarded(plan))
+
+
+@app.command("show")
+def show_command(
+    output: Annotated[str, typer.Argument(help="Root of the tables.")],
+    video_id: Annotated[str, typer.Argument(help="As in the `videos` table.")],
+    to: Annotated[str, typer.Option(help="MP4 file to write.")] = "overlay.mp4",
+) -> None:
+    """Draw the boxes, identities and joints of one video over its frames.
+
+    Example: fourdh show /data/tables clip.mp4 --to clip_overlay.mp4
+    """
+
+    def draw() -> int:
+        show(output, video_id, to)
+        typer.echo(to)
+        return DONE
+
+    raise typer.Exit(_guarded(draw))
+
+
+@app.command("settings")
+def settings_command() -> None:
+    """List every setting with its default and meaning."""
+    typer.echo(describe_settings())
+
+
+@app.command("doctor")
+def doctor_command(as_json: AsJson = False) -> None:
+    """Say what is installed and what a job would run on."""
+    facts = doctor()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        for name, value in facts.items():
+            typer.echo(f"{name:22} {value}")
+
+
+@weights_app.command("list")
+def weights_list_command() -> None:
+    """List the model sizes and what their weights are made from."""
+    for name, size in HMR2_SIZES.items():
+        typer.echo(f"{name:10} {size}")
+
+
+@weights_app.command("import")
+def weights_import_command(
+    source: Annotated[Path, typer.Argument(help="Official checkpoint (.ckpt).")],
+    target: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
+) -> None:
+    """Turn an official HMR 2.0 checkpoint into a plain tensor file, checking every key.
+
+    Nothing in the checkpoint is executed.
+
+    Example: fourdh weights import epoch=35-step=1000000.ckpt hmr2.safetensors
+    """
+
+    def convert() -> int:
+        convert_official_checkpoint(source, target)
+        typer.echo(str(target))
+        return DONE
+
+    raise typer.Exit(_guarded(convert))
+
+
+@weights_app.command("check")
+def weights_check_command(
+    path: Annotated[Path, typer.Argument(help=".ckpt or .safetensors")],
+) -> None:
+    """Check the keys and shapes of a weights file.
+
+    Example: fourdh weights check hmr2.safetensors
+    """
+
+    def check() -> int:
+        typer.echo(check_checkpoint(path))
+        return DONE
+
+    raise typer.Exit(_guarded(check))
+
+
+def show(output: str, video_id: str, to: str | Path) -> None:
+    """Write the overlay video of one video of an output.
+
+    Raises:
+        ConfigError: the output holds no such video.
+        VideoError: it cannot be read any more.
+    """
+    videos = read_table(output, "videos")
+    rows = videos[videos["video_id"] == video_id]
+    if rows.empty:
+        known = ", ".join(sorted(videos["video_id"])[:8])
+        raise ConfigError(f"{output}: no video {video_id!r}; there are {len(videos)}: {known} ...")
+    tracks = read_tracks(output, video_id=video_id)
+    untrained = not tracks.empty and (tracks["weights"] == UNTRAINED).any()
+    with VideoReader(rows["uri"].iloc[0], video_id=video_id) as reader:
+        frames = (
+            (int(index), rgb)
+            for chunk in reader.chunks()
+            for index, rgb in zip(chunk.frame_index, chunk.rgb, strict=True)
+        )
+        write_overlay_video(
+            frames,
+            tracks,
+            to,
+            fps=reader.info.fps or 25.0,
+            caption=video_id,
+            warning=f"weights: {UNTRAINED}" if untrained else "",
+        )
+
+
+def doctor() -> dict[str, Any]:
+    """Versions and devices, by name."""
+    facts: dict[str, Any] = {
+        "fourdh_batch": __version__,
+        "python": platform.python_version(),
+    }
+    for name in ("torch", "ray", "av", "decord", "smplx", "onnxruntime", "transformers", "s3fs"):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    facts["gpu"] = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "none (the job runs on CPU)"
+    )
+    return facts
+
+
+def run_job(yaml: str | Path | None, words: Sequence[str], *, as_json: bool = False) -> int:
+    """Run the main job with a progress bar, a log and a closing table; returns the exit code."""
+
+    def run() -> int:
+        config = load_config(yaml, words)
+        with _progress() as on_progress:
+            report = cluster.run_job(config, on_progress=on_progress)
+        if as_json:
+            typer.echo(json.dumps(_summary(report)))
+        else:
+            _print_summary(report)
+        return report.exit_code
+
+    signal.signal(signal.SIGTERM, _stop)  # so that the lease is given back
+    return _guarded(run)
+
+
+def job_main(yaml: Path, words: Sequence[str], *, description: str) -> int:
+    """What a script of `jobs/` does with its command line; returns the exit code."""
+    if "-h" in words or "--help" in words:
+        typer.echo(f"{description.strip()}\n\nSettings; defaults may differ in {yaml.name}:\n")
+        typer.echo(describe_settings())
+        return DONE
+    return run_job(yaml, [word for word in words if word != "--json"], as_json="--json" in words)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _split(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """A leading YAML file, then key=value words."""
+    words = words or []
+    if words and "=" not in words[0] and words[0].endswith((".yaml", ".yml")):
+        return words[0], words[1:]
+    return None, words
+
+
+def _guarded(call: Callable[[], int]) -> int:
+    """The exit code of a call; errors raised on purpose become one clear message."""
+    try:
+        return call()
+    except (ConfigError, ManifestError) as error:
+        typer.echo(f"error: {error}", err=True)
+        return USAGE
+    except FourdhError as error:
+        typer.echo(f"error: {error}", err=True)
+        return FAIL
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished videos are kept, the same command goes on", err=True)
+        return FAIL
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[cluster.Progress], None]]:
+    """A bar where a person looks on, else a line in the log now and then."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+        )
+        last = time.monotonic()
+
+        def log(now: cluster.Progress) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LOG_EVERY_S:
+                last = time.monotonic()
+                logger.info("%s", _line(now))
+
+        yield log
+        return
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False)],
+    )
+    with Progress(
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("planning", total=None)
+
+        def show_bar(now: cluster.Progress) -> None:
+            bar.update(
+                task,
+                total=max(now.bytes_total, 1),
+                completed=now.bytes_done,
+                description=_line(now),
+            )
+
+        yield show_bar
+
+
+def _line(now: cluster.Progress) -> str:
+    return (
+        f"{now.videos_done}/{now.videos_total} videos, {now.shards_done}/{now.shards_total} "
+        f"shards, {now.frames_done} frames"
+    )
+
+
+def _summary(report: cluster.RunReport) -> dict[str, Any]:
+    return {
+        "run_id": report.run_id,
+        "output": report.output,
+        "exit_code": report.exit_code,
+        "shards": {
+            "done": len(report.shards),
+            "up_to_date": report.num_shards_before,
+            "failed": report.failed_shards,
+        },
+        "videos": {s: report.videos(s) for s in (OK, PARTIAL, FAILED, QUARANTINED)},
+        "frames": sum(outcome.num_frames for outcome in report.outcomes),
+        "people": sum(outcome.num_people for outcome in report.outcomes),
+        "track_rows": sum(shard.num_track_rows for shard in report.shards),
+        "weights": report.card.weights_origin,
+        "model_fingerprint": report.card.fingerprint,
+        "seconds": report.seconds,
+    }
+
+
+def _print_summary(report: cluster.RunReport) -> None:
+    summary = _summary(report)
+    table = Table(show_header=False, title=f"run {report.run_id}")
+    if not report.shards and not report.failed_shards:
+        table.add_row("nothing to do", f"{report.num_shards_before} shards are up to date")
+    else:
+        table.add_row("shards", f"{len(report.shards)} done, {report.num_shards_before} before")
+        for name in ("frames", "people", "track_rows"):
+            table.add_row(name.replace("_", " "), str(summary[name]))
+    for status, count in summary["videos"].items():
+        if count:
+            table.add_row(f"videos {status}", str(count))
+    for shard_id, reason in report.failed_shards.items():
+        table.add_row(f"shard {shard_id} failed", reason)
+    table.add_row("weights", summary["weights"])
+    table.add_row("seconds", f"{report.seconds:.1f}")
+    table.add_row("tables", report.output)
+    Console().print(table)

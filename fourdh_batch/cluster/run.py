@@ -1,0 +1,603 @@
+"""The scheduler: what runs where, what happens when something dies, what is published when.
+
+All decisions of a job are here. Retries are ours, not Ray's: a unit (one video) is idempotent, so
+it may run again anywhere. Who is to blame for a death:
+
+- infrastructure (a node is gone, an actor is unreachable, the unit had not begun): run again, free;
+- the unit was running when its model actor, tracker or decoder died, or it stopped moving: it is a
+  suspect and runs again *alone*; if it dies alone it is quarantined with the evidence;
+- an unexpected error of our own code: again once, then quarantine;
+- storage: again, then the shard fails and the job goes on;
+- wrong settings, weights or schema: the job stops.
+
+Whether a unit was running is read from the journal, not guessed from the order of errors, and
+finished rows are looked for before anything is redone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+
+from fourdh_batch import __version__
+from fourdh_batch.cluster.decoding import Journal
+from fourdh_batch.cluster.model_actor import ModelActor
+from fourdh_batch.cluster.tracker_actor import TrackerActor, publish_shard_task
+from fourdh_batch.config import JobConfig, require, to_dict
+from fourdh_batch.errors import (
+    CheckpointError,
+    ConfigError,
+    DecodeStalledError,
+    FourdhError,
+    SchemaError,
+    StorageError,
+    VideoError,
+    WorkerDiedError,
+)
+from fourdh_batch.pipeline.engine import model_card
+from fourdh_batch.pipeline.plan import Shard, Video, plan_shards, read_corpus
+from fourdh_batch.pipeline.records import ModelCard
+from fourdh_batch.pipeline.shard import (
+    FAILED,
+    OK,
+    PARTIAL,
+    QUARANTINED,
+    ShardReport,
+    VideoOutcome,
+    finished_outcome,
+    record_failure,
+)
+from fourdh_batch.storage import Store
+from fourdh_batch.tables.manifest import LEASE_S, Lease, read_commits
+from fourdh_batch.tables.writer import VideoSpool, discard_work
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+STORAGE_ATTEMPTS = 3
+FREE_RETRIES = 3  # then even an innocent-looking unit is a suspect
+MAX_LANE_STARTS_WITHOUT_WORK = 3
+MAX_UNEXPECTED_ERRORS_WITHOUT_SUCCESS = 5
+NODE_DIED = "its node has died"  # Ray's words in an ActorDiedError; pinned by a test
+
+
+class Blame(Enum):
+    """Whose fault it is that a unit did not finish."""
+
+    NOBODY = "nobody"  # run again, free of charge
+    SUSPECT = "suspect"  # run again alone
+    CODE = "code"  # run again once
+    STORAGE = "storage"
+    STOP = "stop"  # the job cannot go on
+
+
+def blame(error: BaseException, *, had_begun: bool) -> Blame:
+    """Classify what came out of a unit instead of its outcome.
+
+    Args:
+        error: as raised by `ray.get`.
+        had_begun: the journal knows the unit.
+    """
+    cause: BaseException = error
+    if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        cause = error.cause
+    if isinstance(cause, (ConfigError, CheckpointError, SchemaError)):
+        return Blame.STOP
+    if isinstance(cause, StorageError):
+        return Blame.STORAGE
+    if isinstance(cause, VideoError):
+        return Blame.SUSPECT
+    if isinstance(cause, (ActorUnavailableError, NodeDiedError)):
+        return Blame.NOBODY
+    if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
+        if NODE_DIED in str(cause):
+            return Blame.NOBODY
+        return Blame.SUSPECT if had_begun else Blame.NOBODY
+    return Blame.CODE
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a running job is."""
+
+    videos_done: int
+    videos_total: int
+    bytes_done: int
+    bytes_total: int
+    frames_done: int
+    shards_done: int
+    shards_total: int
+
+
+@dataclass(slots=True)
+class RunReport:
+    """How a job ended.
+
+    Attributes:
+        outcomes: of the videos that this run worked on.
+        shards: reports of the shards that this run published.
+        num_shards_before: shards that were up to date already.
+        videos_before: per status, the videos in those.
+        failed_shards: shard and reason; nothing of these was published.
+        seconds: wall time of the run.
+    """
+
+    run_id: str
+    output: str
+    card: ModelCard
+    shards: list[ShardReport] = field(default_factory=list)
+    num_shards_before: int = 0
+    videos_before: dict[str, int] = field(default_factory=dict)
+    failed_shards: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def outcomes(self) -> list[VideoOutcome]:
+        return [outcome for shard in self.shards for outcome in shard.outcomes]
+
+    def videos(self, status: str) -> int:
+        """Videos of the corpus that ended with this status, now or before."""
+        now = sum(outcome.status == status for outcome in self.outcomes)
+        return now + self.videos_before.get(status, 0)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done; 3 done, but some videos failed, in part or wholly; 1 shards are missing."""
+        if self.failed_shards:
+            return 1
+        return 3 if any(self.videos(s) for s in (PARTIAL, FAILED, QUARANTINED)) else 0
+
+
+@dataclass(slots=True)
+class _Unit:
+    shard: Shard
+    video: Video
+    attempts: int = 0
+    free_retries: int = 0
+    alone: bool = False
+
+    @property
+    def key(self) -> str:
+        turn = self.attempts + self.free_retries
+        return f"{self.shard.shard_id}/{self.video.video_id}#{turn}"
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """A model actor, its trackers and what they work on."""
+
+    model: Any
+    trackers: list[Any]
+    running: dict[Any, tuple[_Unit, int]] = field(default_factory=dict)  # ref -> unit, tracker
+
+    @property
+    def is_reserved(self) -> bool:
+        return any(unit.alone for unit, _ in self.running.values())
+
+
+def run_job(
+    config: JobConfig, *, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> RunReport:
+    """Bring the tables under `config.output` up to date with the corpus `config.input`.
+
+    Raises:
+        ConfigError, ManifestError, CheckpointError, SchemaError: before any work is done.
+        OutputInUseError: another driver is writing to this output.
+    """
+    require(config, "input", "output", "hmr.weights")
+    started = time.monotonic()
+    card = model_card(config)
+    videos = read_corpus(config.input, limit=config.plan.limit)
+    store = Store(config.output)
+    run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+    report = RunReport(run_id=run_id, output=config.output, card=card)
+    with Lease(store) as lease:
+        shards = plan_shards(
+            store,
+            config.dataset,
+            videos,
+            videos_per_shard=config.plan.videos_per_shard,
+            mb_per_shard=config.plan.mb_per_shard,
+        )
+        commits = read_commits(store)
+        todo = []
+        for shard in shards:
+            commit = commits.get(shard.shard_id)
+            retry = (
+                config.plan.retry_quarantined
+                and commit is not None
+                and any(video.status == QUARANTINED for video in commit.videos)
+            )
+            if commit is None or commit.fingerprint != shard.fingerprint(card.fingerprint) or retry:
+                todo.append(shard)
+                continue
+            report.num_shards_before += 1
+            discard_work(store, shard.shard_id)  # left by a driver killed just after its commit
+            for video in commit.videos:
+                count = report.videos_before.get(video.status, 0)
+                report.videos_before[video.status] = count + 1
+        logger.info(
+            "run %s: %d videos in %d shards, %d shards to do, weights %s",
+            run_id,
+            len(videos),
+            len(shards),
+            len(todo),
+            card.weights_origin,
+        )
+        if todo:
+            with _ray(config):
+                _Scheduler(config, card, store, report, lease.renew, on_progress).run(todo)
+        report.seconds = round(time.monotonic() - started, 3)
+        _record_run(store, config, report)
+    return report
+
+
+class _Scheduler:
+    """One run over the shards that are not up to date."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        card: ModelCard,
+        store: Store,
+        report: RunReport,
+        renew_lease: Callable[[], None],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self._config = config
+        self._card = card
+        self._store = store
+        self._report = report
+        self._renew_lease = renew_lease
+        self._on_progress = on_progress
+        self._journal = Journal.remote()
+        self._lanes: list[_Lane] = []
+        self._queue: deque[_Unit] = deque()
+        self._outcomes: dict[str, dict[str, VideoOutcome]] = {}  # shard -> video -> outcome
+        self._shards: dict[str, Shard] = {}
+        self._publishing: dict[Any, tuple[Shard, int]] = {}
+        self._frames_before = 0
+        self._lease_renewed = time.monotonic()
+        self._lane_starts_without_work = 0
+        self._last_death = ""
+        self._unexpected: set[str] = set()  # videos that met an error of our own code
+        self._num_succeeded = 0
+
+    def run(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            self._shards[shard.shard_id] = shard
+            self._outcomes[shard.shard_id] = {}
+            for video in shard.videos:
+                self._queue.append(_Unit(shard, video))
+        # What an interrupted run has finished needs no model at all.
+        for unit in list(self._queue):
+            if outcome := self._finished(unit):
+                self._queue.remove(unit)
+                self._done(unit, outcome)
+        num_lanes = min(self._num_lanes(), max(1, len(self._queue)))
+        while self._queue or self._publishing or any(lane.running for lane in self._lanes):
+            while self._queue and len(self._lanes) < num_lanes:
+                self._lanes.append(self._start_lane())
+            self._dispatch()
+            self._collect()
+            self._give_up_stalled()
+            if time.monotonic() - self._lease_renewed > LEASE_S / 3:
+                self._renew_lease()
+                self._lease_renewed = time.monotonic()
+            self._on_progress(self._progress())
+        for lane in self._lanes:
+            self._kill(lane)
+
+    def _num_lanes(self) -> int:
+        cluster = self._config.cluster
+        gpus = int(ray.cluster_resources().get("GPU", 0) / cluster.gpus_per_actor)
+        return cluster.gpu_actors or max(1, gpus)
+
+    def _start_lane(self) -> _Lane:
+        if self._lane_starts_without_work >= MAX_LANE_STARTS_WITHOUT_WORK:
+            raise FourdhError(
+                f"model processes died {self._lane_starts_without_work} times in a row before "
+                f"finishing anything; the last one said:\n{self._last_death}"
+            )
+        self._lane_starts_without_work += 1
+        cluster = self._config.cluster
+        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        wants_gpu = has_gpu and not self._config.hmr.device.startswith("cpu")
+        model = ModelActor.options(
+            num_cpus=cluster.cpus_per_actor,
+            num_gpus=cluster.gpus_per_actor if wants_gpu else 0,
+            max_concurrency=cluster.units_per_actor + 1,
+        ).remote(self._config)
+        trackers = [self._start_tracker() for _ in range(cluster.trackers_per_actor)]
+        return _Lane(model, trackers)
+
+    def _start_tracker(self) -> Any:
+        return TrackerActor.options(num_cpus=0).remote(self._config, self._card)
+
+    def _dispatch(self) -> None:
+        """Feed idle places; suspects wait for an empty lane."""
+        for lane in self._lanes:
+            while self._queue and not lane.is_reserved:
+                if len(lane.running) >= self._config.cluster.units_per_actor:
+                    break
+                unit = next((u for u in self._queue if not u.alone or not lane.running), None)
+                if unit is None:
+                    break
+                self._queue.remove(unit)
+                load = [0] * len(lane.trackers)
+                for _, index in lane.running.values():
+                    load[index] += 1
+                index = load.index(min(load))
+                tracker = lane.trackers[index]
+                tracker.begin.remote(unit.key, unit.shard, unit.video)
+                ref = lane.model.process.remote(unit.video, unit.key, tracker, self._journal)
+                lane.running[ref] = (unit, index)
+
+    def _collect(self) -> None:
+        refs = [ref for lane in self._lanes for ref in lane.running] + list(self._publishing)
+        if not refs:
+            return
+        ready, _ = ray.wait(refs, timeout=POLL_S)
+        for ref in ready:
+            if ref in self._publishing:
+                self._collect_published(ref)
+            else:
+                self._collect_unit(ref)
+
+    def _collect_unit(self, ref: Any) -> None:
+        lane = next(lane for lane in self._lanes if ref in lane.running)
+        unit, index = lane.running.pop(ref)
+        try:
+            outcome: VideoOutcome = ray.get(ref)
+        except Exception as error:  # noqa: BLE001 - every kind is sorted by `blame`
+            if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
+                # The model process is gone, and with it all that it was working on.
+                lane.running[ref] = (unit, index)
+                self._last_death = str(error)
+                self._end_lane(lane, {u.key: error for u, _ in lane.running.values()})
+                return
+            had_begun = unit.key in ray.get(self._journal.snapshot.remote())
+            self._journal.forget.remote(unit.key)
+            if isinstance(_cause(error), RayActorError):  # raised inside: the tracker is gone
+                lane.trackers[index] = self._start_tracker()
+            else:
+                lane.trackers[index].drop.remote(unit.key)
+            self._judge(unit, error, had_begun)
+            return
+        self._journal.forget.remote(unit.key)
+        self._lane_starts_without_work = 0
+        self._num_succeeded += 1
+        self._done(unit, outcome)
+
+    def _judge(self, unit: _Unit, error: Exception, had_begun: bool) -> None:
+        if outcome := self._finished(unit):  # a death can swallow the last reply
+            self._done(unit, outcome)
+            return
+        verdict = blame(error, had_begun=had_begun)
+        if verdict is Blame.NOBODY:
+            unit.free_retries += 1
+            if had_begun and unit.free_retries > FREE_RETRIES:
+                verdict = Blame.SUSPECT
+        logger.warning(
+            "shard %s, video %s: attempt %d ended with %s (%s): %s",
+            unit.shard.shard_id,
+            unit.video.video_id,
+            unit.attempts + 1,
+            type(_cause(error)).__name__,
+            verdict.value,
+            str(_cause(error)).strip().splitlines()[0] if str(_cause(error)).strip() else "",
+        )
+        if verdict is Blame.STOP:
+            raise _cause(error)
+        if verdict is not Blame.NOBODY:
+            unit.attempts += 1
+        if verdict is Blame.CODE and not self._num_succeeded:
+            self._unexpected.add(f"{unit.shard.shard_id}/{unit.video.video_id}")
+            if len(self._unexpected) >= MAX_UNEXPECTED_ERRORS_WITHOUT_SUCCESS:
+                raise FourdhError(
+                    f"stopped: {len(self._unexpected)} videos met an unexpected error and none "
+                    f"succeeded; the last one was\n{error}"
+                ) from error
+        if verdict is Blame.STORAGE and unit.attempts >= STORAGE_ATTEMPTS:
+            self._fail_shard(unit.shard, str(_cause(error)))
+            return
+        dangerous = verdict is Blame.CODE or (verdict is Blame.SUSPECT and unit.alone)
+        if dangerous and unit.attempts >= self._config.cluster.attempts:
+            self._done(unit, self._quarantine(unit, _cause(error)))
+            return
+        unit.alone = unit.alone or verdict is Blame.SUSPECT
+        self._queue.append(unit)
+
+    def _quarantine(self, unit: _Unit, cause: BaseException) -> VideoOutcome:
+        if not isinstance(cause, VideoError):
+            text = f"{type(cause).__name__}: {cause}"
+            cause = WorkerDiedError(text[:2000], video=unit.video.video_id, stage="reconstruct")
+        return record_failure(
+            self._store,
+            self._config,
+            self._card,
+            unit.shard,
+            unit.video,
+            cause,
+            status=QUARANTINED,
+            attempts=unit.attempts,
+        )
+
+    def _finished(self, unit: _Unit) -> VideoOutcome | None:
+        spool = VideoSpool(self._store, unit.shard.shard_id, unit.video.video_id)
+        return finished_outcome(spool, unit.video, self._card)
+
+    def _done(self, unit: _Unit, outcome: VideoOutcome) -> None:
+        shard = unit.shard
+        if shard.shard_id in self._report.failed_shards:
+            return
+        self._frames_before += outcome.num_frames
+        outcomes = self._outcomes[shard.shard_id]
+        outcomes[unit.video.video_id] = outcome
+        if outcome.problem:
+            logger.warning(
+                "shard %s, video %s: %s: %s",
+                shard.shard_id,
+                unit.video.video_id,
+                outcome.status,
+                outcome.problem,
+            )
+        if len(outcomes) == len(shard.videos):
+            self._publish(shard, attempt=1)
+
+    def _publish(self, shard: Shard, attempt: int) -> None:
+        outcomes = [self._outcomes[shard.shard_id][v.video_id] for v in shard.videos]
+        ref = publish_shard_task.options(num_cpus=0).remote(
+            self._config, self._card, shard, outcomes
+        )
+        self._publishing[ref] = (shard, attempt)
+
+    def _collect_published(self, ref: Any) -> None:
+        shard, attempt = self._publishing.pop(ref)
+        try:
+            published: ShardReport = ray.get(ref)
+        except Exception as error:
+            if blame(error, had_begun=True) is Blame.STOP:
+                raise _cause(error) from error
+            if attempt >= STORAGE_ATTEMPTS:
+                self._fail_shard(shard, str(_cause(error)))
+            else:
+                self._publish(shard, attempt + 1)
+            return
+        logger.info("%s", published.line())
+        self._report.shards.append(published)
+
+    def _fail_shard(self, shard: Shard, reason: str) -> None:
+        logger.error("shard %s: not published: %s", shard.shard_id, reason)
+        self._report.failed_shards[shard.shard_id] = reason
+        self._queue = deque(u for u in self._queue if u.shard.shard_id != shard.shard_id)
+
+    def _give_up_stalled(self) -> None:
+        limit = self._config.cluster.progress_timeout_s
+        idle = ray.get(self._journal.snapshot.remote())
+        for lane in list(self._lanes):
+            errors: dict[str, Exception] = {}
+            for unit, _ in lane.running.values():
+                num_frames, idle_s = idle.get(unit.key, (0, 0.0))
+                if idle_s > limit:
+                    errors[unit.key] = DecodeStalledError(
+                        f"no progress for {idle_s:.0f} s",
+                        video=unit.video.video_id,
+                        frame_index=num_frames,
+                        stage="reconstruct",
+                    )
+            if errors:
+                self._end_lane(lane, errors)
+
+    def _end_lane(self, lane: _Lane, errors: dict[str, Exception]) -> None:
+        """A lane has died or must; its units without an error run again free of charge."""
+        running = [unit for unit, _ in lane.running.values()]
+        lane.running.clear()
+        self._lanes.remove(lane)
+        self._kill(lane)
+        begun = ray.get(self._journal.snapshot.remote())
+        for unit in running:
+            self._journal.forget.remote(unit.key)
+            if unit.key in errors:
+                self._judge(unit, errors[unit.key], unit.key in begun)
+            else:
+                unit.free_retries += 1
+                self._queue.append(unit)
+
+    def _kill(self, lane: _Lane) -> None:
+        for actor in (lane.model, *lane.trackers):
+            ray.kill(actor)
+
+    def _progress(self) -> Progress:
+        running = ray.get(self._journal.snapshot.remote())
+        done = {k: set(v) for k, v in self._outcomes.items()}
+        bytes_done = sum(
+            v.num_bytes
+            for s in self._shards.values()
+            for v in s.videos
+            if v.video_id in done[s.shard_id]
+        )
+        return Progress(
+            videos_done=sum(map(len, done.values())),
+            videos_total=sum(len(s.videos) for s in self._shards.values()),
+            bytes_done=bytes_done,
+            bytes_total=sum(v.num_bytes for s in self._shards.values() for v in s.videos),
+            frames_done=self._frames_before + sum(frames for frames, _ in running.values()),
+            shards_done=len(self._report.shards),
+            shards_total=len(self._shards),
+        )
+
+
+def _cause(error: BaseException) -> BaseException:
+    if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        return error.cause
+    return error
+
+
+@contextmanager
+def _ray(config: JobConfig) -> Iterator[None]:
+    """Connect to the cluster that the settings name, or start one here; leave it as it was."""
+    if ray.is_initialized():
+        yield
+        return
+    cluster = config.cluster
+    local = cluster.address == "local" or (
+        cluster.address == "auto" and "RAY_ADDRESS" not in os.environ
+    )
+    if local:
+        # Actors mostly wait for each other; a small machine must still be able to hold them all.
+        lanes = max(1, cluster.gpu_actors)
+        decoders = lanes * cluster.units_per_actor * cluster.cpus_per_decoder
+        wanted = math.ceil(lanes * cluster.cpus_per_actor + decoders)
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, wanted),
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
+    else:
+        address = None if cluster.address == "auto" else cluster.address
+        ray.init(address=address, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _record_run(store: Store, config: JobConfig, report: RunReport) -> None:
+    """`_runs/<run_id>.json`: settings as run, versions, totals."""
+    record = {
+        "run_id": report.run_id,
+        "version": __version__,
+        "config": to_dict(config),
+        "models": asdict(report.card),
+        "seconds": report.seconds,
+        "shards_done": [shard.shard_id for shard in report.shards],
+        "shards_up_to_date": report.num_shards_before,
+        "shards_failed": report.failed_shards,
+        "videos": {s: report.videos(s) for s in (OK, PARTIAL, FAILED, QUARANTINED)},
+        "frames": sum(outcome.num_frames for outcome in report.outcomes),
+        "people": sum(outcome.num_people for outcome in report.outcomes),
+        "track_rows": sum(shard.num_track_rows for shard in report.shards),
+    }
+    store.write_bytes(f"_runs/{report.run_id}.json", json.dumps(record, indent=1).encode())

@@ -1,0 +1,192 @@
+"""The GPU half of the pipeline: chunks of frames in, boxes and bodies out.
+
+Stateless from call to call, so chunks of any videos may come in any order and share batches.
+What a chunk gives is the same whatever its companions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+from fourdh_batch.config import JobConfig, require
+from fourdh_batch.errors import CheckpointError
+from fourdh_batch.models.build import load_hmr2, untrained_hmr2, weights_origin
+from fourdh_batch.models.detector import Detector, build_detector, drop_reasons
+from fourdh_batch.models.smpl import load_body
+from fourdh_batch.pipeline.reconstruct import Reconstructor
+from fourdh_batch.pipeline.records import ChunkResult, ModelCard
+from fourdh_batch.storage import open_read
+from fourdh_batch.tables.manifest import CODE_VERSION, fingerprint_of
+from fourdh_batch.tables.schema import TABLES, schema_version
+from fourdh_batch.types import FrameChunk
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = "untrained"
+UNTRAINED_SIZE = "mini"
+
+
+class Engine:
+    """Detect, crop, reconstruct.
+
+    Args:
+        detector: person boxes.
+        reconstructor: HMR 2.0 over batches of crops.
+        score_threshold, min_width_px, min_height_px: which boxes are kept (PHALP, section 2.1
+            of the tracker's description: score strictly above, sides not below).
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        reconstructor: Reconstructor,
+        *,
+        score_threshold: float,
+        min_width_px: float,
+        min_height_px: float,
+    ) -> None:
+        self.detector = detector
+        self.reconstructor = reconstructor
+        self._score_threshold = score_threshold
+        self._min_width_px = min_width_px
+        self._min_height_px = min_height_px
+
+    def run(self, chunks: Sequence[FrameChunk]) -> list[ChunkResult]:
+        """Results in the order of the chunks; crops of all chunks share batches."""
+        found = [self.detector.detect(chunk) for chunk in chunks]
+        reasons = [
+            drop_reasons(
+                detections,
+                score_threshold=self._score_threshold,
+                min_width_px=self._min_width_px,
+                min_height_px=self._min_height_px,
+            )
+            for detections in found
+        ]
+        kept = [reason == "" for reason in reasons]
+        people = self.reconstructor.reconstruct(
+            chunks,
+            [
+                (detections.frame_row[keep], detections.bbox_xyxy_px[keep])
+                for detections, keep in zip(found, kept, strict=True)
+            ],
+        )
+        return [
+            ChunkResult(
+                video_id=chunk.video_id,
+                frame_index=chunk.frame_index,
+                pts_s=chunk.pts_s,
+                shot_scores=chunk.shot_scores,
+                image_size_wh=chunk.image_size_wh,
+                detections=detections,
+                drop_reason=reason,
+                people=bodies,
+            )
+            for chunk, detections, reason, bodies in zip(
+                chunks, found, reasons, people, strict=True
+            )
+        ]
+
+
+def build_engine(config: JobConfig) -> Engine:
+    """Load every model that the settings name.
+
+    Raises:
+        ConfigError, CheckpointError: a name is unknown, a file is missing or does not fit.
+    """
+    require(config, "hmr.weights")
+    hmr = config.hmr
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if hmr.device == "auto" else hmr.device
+    )
+    if device.type == "cpu":
+        torch.set_num_threads(hmr.cpu_threads)
+    body = load_body(hmr.body or None, extra_regressor=hmr.extra_regressor or None)
+    if hmr.weights == UNTRAINED:
+        logger.warning("weights: untrained. The bodies in the output mean nothing.")
+        model = untrained_hmr2(hmr.size or UNTRAINED_SIZE, body)
+    else:
+        model = load_hmr2(
+            hmr.weights, body, device=device, precision=hmr.precision, size=hmr.size or None
+        )
+    detector = build_detector(
+        config.detector.name,
+        path=config.detector.path or None,
+        device=str(device),
+        score_threshold=config.detector.score_threshold,
+        batch_size=config.detector.batch_size,
+        input_size=config.detector.input_size or None,
+        num_threads=hmr.cpu_threads,
+        boxes_format=config.detector.boxes_format,
+        boxes_time_offset_s=config.detector.boxes_time_offset_s,
+    )
+    return Engine(
+        detector,
+        Reconstructor(model, batch_size=hmr.batch_size or None, device=device),
+        score_threshold=config.detector.score_threshold,
+        min_width_px=config.detector.min_width_px,
+        min_height_px=config.detector.min_height_px,
+    )
+
+
+def model_card(config: JobConfig) -> ModelCard:
+    """Digest of everything but the input that decides what the rows hold.
+
+    Files are read once, no model is built; so a rerun with nothing to do stays cheap.
+
+    Raises:
+        CheckpointError: a file that the settings name is not there.
+    """
+    hmr = config.hmr
+    require(config, "hmr.weights")
+    weights = UNTRAINED if hmr.weights == UNTRAINED else _digest_path(hmr.weights, "hmr.weights")
+    body = _digest_path(hmr.body, "hmr.body") if hmr.body else "open"
+    regressor = (
+        _digest_path(hmr.extra_regressor, "hmr.extra_regressor") if hmr.extra_regressor else ""
+    )
+    path = config.detector.path
+    detector = _digest_path(path, "detector.path") if path else ""
+    settings = {
+        "code": CODE_VERSION,
+        "schemas": {name: schema_version(name) for name in TABLES},
+        "weights": weights,
+        "size": hmr.size,
+        "precision": hmr.precision,
+        "body": body,
+        "regressor": regressor,
+        "detector": {**asdict(config.detector), "path": detector, "batch_size": 0},
+        "shots": config.video.detect_shots,
+        "tracker": asdict(config.tracker),
+    }
+    return ModelCard(
+        fingerprint=fingerprint_of(settings),
+        weights=weights,
+        weights_origin=UNTRAINED if weights == UNTRAINED else weights_origin(hmr.weights),
+        body=body,
+        detector=f"{config.detector.name}:{detector}" if detector else config.detector.name,
+    )
+
+
+def _digest_path(path: str, setting: str) -> str:
+    """Short digest of a file, or of all files of a local directory; a hub id stands for itself."""
+    digest = blake2b(digest_size=8)
+    local = Path(path)
+    if local.is_dir():
+        for file in sorted(p for p in local.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(local)}\0{_digest_path(str(file), setting)}".encode())
+        return digest.hexdigest()
+    try:
+        with open_read(path) as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    except FileNotFoundError:
+        if setting == "detector.path" and not local.is_absolute() and path.count("/") == 1:
+            return path  # organisation/model on a hub, pinned by the library's own cache
+        raise CheckpointError(f"{setting}={path}: no such file") from None
+    return digest.hexdigest()

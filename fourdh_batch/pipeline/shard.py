@@ -1,0 +1,446 @@
+"""`process_shard()`: the whole method on the videos of one shard, in one process, without Ray.
+
+The cluster moves the same pieces onto many machines and gives the same tables:
+`read_chunks` (decoder) → `Engine.run` (models) → `VideoTracking` (tracker, rows) → `publish`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fourdh_batch.config import JobConfig, to_dict
+from fourdh_batch.errors import FourdhError, VideoError
+from fourdh_batch.pipeline.plan import Shard, Video
+from fourdh_batch.pipeline.reading import read_chunks_isolated
+from fourdh_batch.pipeline.records import ChunkResult, ModelCard
+from fourdh_batch.pipeline.rows import Keypoints, RowBuilder, Rows
+from fourdh_batch.storage import Store, redact_uri
+from fourdh_batch.tables.manifest import CommitRecord, fingerprint_of
+from fourdh_batch.tables.schema import make_table
+from fourdh_batch.tables.writer import VideoSpool, publish_shard
+from fourdh_batch.tracking.tracker import PhalpTracker, TrackerSettings
+from fourdh_batch.types import F32, Damage, DecodeSummary, FrameDetections
+from fourdh_batch.video.shots import ShotRule
+
+if TYPE_CHECKING:
+    from fourdh_batch.models.smpl import SmplBody
+    from fourdh_batch.pipeline.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+OK, PARTIAL, FAILED, QUARANTINED = "ok", "partial", "failed", "quarantined"
+_MIB = 1 << 20
+
+
+class Spool(Protocol):
+    """Where a video's rows wait until its shard is published."""
+
+    def append(self, name: str, table: Any) -> None:
+        """Add rows of a table, in order."""
+
+    def finish(self, metadata: dict[str, Any]) -> None:
+        """All rows are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoOutcome:
+    """How one video ended.
+
+    Attributes:
+        status: ``ok``; ``partial``: damaged, what could be read is in the tables; ``failed``:
+            nothing could be read; ``quarantined``: given up because it kills its worker.
+        problem: what was wrong, empty for ``ok``.
+        seconds: from its first chunk to its last row.
+    """
+
+    video_id: str
+    status: str
+    num_frames: int = 0
+    num_people: int = 0
+    num_rows: int = 0
+    problem: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What a shard gave; the line in the log and in the closing table."""
+
+    shard_id: str
+    outcomes: tuple[VideoOutcome, ...]
+    num_track_rows: int
+    num_detection_rows: int
+    num_bytes: int
+    commit: CommitRecord = field(repr=False)
+
+    def line(self) -> str:
+        """One line for the log."""
+        statuses = [outcome.status for outcome in self.outcomes]
+        counts = ", ".join(
+            f"{statuses.count(s)} {s}" for s in (OK, PARTIAL, FAILED, QUARANTINED) if s in statuses
+        )
+        return (
+            f"shard {self.shard_id}: {len(statuses)} videos ({counts}), "
+            f"{sum(o.num_frames for o in self.outcomes)} frames, "
+            f"{sum(o.num_people for o in self.outcomes)} people, "
+            f"{self.num_track_rows} track rows, {self.num_bytes / _MIB:.1f} MiB"
+        )
+
+
+class VideoTracking:
+    """The sequential half of one video: shots, tracker, rows. Chunks must come in order.
+
+    Args:
+        video, shard_id, dataset: what is tracked, and where its rows belong.
+        config: settings of the job.
+        card: the models.
+        spool: takes the finished rows.
+        keypoints: the body model.
+    """
+
+    def __init__(
+        self,
+        video: Video,
+        *,
+        shard_id: str,
+        dataset: str,
+        config: JobConfig,
+        card: ModelCard,
+        spool: Spool,
+        keypoints: Keypoints,
+    ) -> None:
+        self._video = video
+        self._shard_id = shard_id
+        self._dataset = dataset
+        self._card = card
+        self._spool = spool
+        self._tracker = PhalpTracker(
+            TrackerSettings(
+                gate=config.tracker.gate,
+                n_init=config.tracker.n_init,
+                max_age=config.tracker.max_age,
+            )
+        )
+        self._rows = RowBuilder(
+            dataset=dataset,
+            video_id=video.video_id,
+            card=card,
+            keypoints=keypoints,
+            keep_predicted=config.tracker.keep_predicted,
+        )
+        self._shots = ShotRule() if config.video.detect_shots else None
+        self._undecided: deque[tuple[int, tuple[int, int]]] = deque()  # frame, image size
+        self._cuts: set[int] = set()
+        self._shot_id = 0
+        self._num_frames = 0
+        self._num_rows = 0
+        self._started = time.monotonic()
+
+    def add(self, result: ChunkResult) -> None:
+        """The next chunk; what it settles goes to the spool."""
+        self._rows.hold(result)
+        size = result.image_size_wh
+        self._undecided.extend((frame, size) for frame in result.frame_index.tolist())
+        self._num_frames += len(result.frame_index)
+        if self._shots is None:
+            self._track()
+        else:
+            assert result.shot_scores is not None, "chunks were read without shot scores"
+            self._cuts.update(self._shots.push(result.frame_index, result.shot_scores))
+            self._track(before=self._shots.decided_until)
+        self._flush()
+
+    def finish(self, summary: DecodeSummary) -> VideoOutcome:
+        """The video has ended as `summary` says."""
+        status = PARTIAL if summary.damage else OK
+        failures = [
+            {
+                "stage": "decode",
+                "error_class": "Damage",
+                "code": damage.code,
+                "message": _damage_text(damage),
+                "frame_index": damage.first_frame_index,
+            }
+            for damage in summary.damage
+        ]
+        return self._close(status, summary, failures)
+
+    def fail(
+        self, error: VideoError, *, status: str | None = None, attempts: int = 1
+    ) -> VideoOutcome:
+        """The video has ended with an error; frames handed out before it are kept."""
+        if status is None:
+            status = PARTIAL if self._num_frames else FAILED
+        failure = {
+            "stage": error.stage,
+            "error_class": type(error).__name__,
+            "code": error.code,
+            "message": error.message,
+            "frame_index": error.frame_index,
+            "attempts": attempts,
+        }
+        return self._close(status, None, [failure])
+
+    def _close(
+        self, status: str, summary: DecodeSummary | None, failures: list[dict[str, Any]]
+    ) -> VideoOutcome:
+        if self._shots is not None:
+            self._cuts.update(self._shots.finish())
+        self._track()
+        self._rows.finish(self._tracker.finish())
+        self._flush()
+        assert self._rows.num_held == 0, f"video {self._video.video_id}: rows left unsettled"
+        names = {
+            "dataset": self._dataset,
+            "video_id": self._video.video_id,
+            "uri": redact_uri(self._video.uri),
+            "shard_id": self._shard_id,
+            "content_fingerprint": self._video.fingerprint,
+            "model_fingerprint": self._card.fingerprint,
+        }
+        info = summary.info if summary else None
+        row: dict[str, Any] = {
+            **names,
+            "status": status,
+            "frames_decoded": self._num_frames,
+            "num_shots": self._shot_id + 1 if self._num_frames else 0,
+            "num_tracks": len(self._rows.track_len),
+            "num_detections": self._rows.num_detections,
+        }
+        if info is not None:
+            row |= {
+                "container": info.container,
+                "codec": info.codec,
+                "pix_fmt": info.pix_fmt,
+                "width": info.width,
+                "height": info.height,
+                "rotation_deg": info.rotation_deg,
+                "fps": info.fps,
+                "time_base": str(info.time_base),
+                "duration_s": info.duration_s,
+                "frames_declared": info.num_frames_declared,
+                "frames_scanned": info.num_frames,
+                "decoder": info.decoder,
+            }
+        if summary is not None and summary.damage:
+            row["damage"] = json.dumps([asdict(damage) for damage in summary.damage])
+        self._spool.append("videos", make_table("videos", _drop_none(row), num_rows=1))
+        for failure in failures:
+            columns = _drop_none({**names, "attempts": 1, **failure})
+            self._spool.append("failures", make_table("failures", columns, num_rows=1))
+        outcome = VideoOutcome(
+            video_id=self._video.video_id,
+            status=status,
+            num_frames=self._num_frames,
+            num_people=len(self._rows.track_len),
+            num_rows=self._num_rows,
+            problem="; ".join(f"{f['code']}: {f['message']}" for f in failures),
+            seconds=round(time.monotonic() - self._started, 3),
+        )
+        self._spool.finish(
+            {
+                "fingerprint": video_fingerprint(self._video, self._card),
+                "outcome": asdict(outcome),
+                "track_len": {str(k): n for k, n in sorted(self._rows.track_len.items())},
+            }
+        )
+        return outcome
+
+    def _track(self, *, before: int | None = None) -> None:
+        """Hand the tracker the frames whose shot is known, in order."""
+        while self._undecided and (before is None or self._undecided[0][0] < before):
+            frame_index, image_size_wh = self._undecided.popleft()
+            is_cut = frame_index in self._cuts
+            if is_cut:
+                self._cuts.remove(frame_index)
+                self._shot_id += 1
+            bbox_xyxy_px, score, people = self._rows.people_of(frame_index)
+            tracked = self._tracker.update(
+                FrameDetections(
+                    frame_index=frame_index,
+                    image_size_wh=image_size_wh,
+                    bbox_xyxy_px=bbox_xyxy_px,
+                    score=score,
+                    people=people,
+                    is_shot_start=is_cut,
+                )
+            )
+            self._rows.tracked(tracked, shot_id=self._shot_id)
+
+    def _flush(self) -> None:
+        for rows in self._rows.settled():
+            self._append(rows)
+
+    def _append(self, rows: Rows) -> None:
+        self._num_rows += rows.tracks.num_rows
+        if rows.tracks.num_rows:
+            self._spool.append("tracks", rows.tracks)
+        if rows.detections.num_rows:
+            self._spool.append("detections", rows.detections)
+
+
+def video_fingerprint(video: Video, card: ModelCard) -> str:
+    """Changes exactly when the rows of this video may change."""
+    return f"{video.fingerprint}:{card.fingerprint}"
+
+
+def process_shard(
+    shard: Shard,
+    engine: Engine,
+    store: Store,
+    config: JobConfig,
+    card: ModelCard,
+    *,
+    on_frames: Callable[[int], None] = lambda num_frames: None,
+) -> ShardReport:
+    """All videos of a shard, then its objects and its commit record.
+
+    Videos that an interrupted run has finished are not done again.
+
+    Args:
+        on_frames: told the number of frames after each chunk.
+    Raises:
+        FourdhError: settings, weights or storage; errors of a video become rows in `failures`.
+    """
+    keypoints = keypoints_of(config)
+    outcomes = []
+    for video in shard.videos:
+        spool = VideoSpool(store, shard.shard_id, video.video_id)
+        outcome = finished_outcome(spool, video, card)
+        if outcome is None:
+            spool.discard()
+            tracking = VideoTracking(
+                video,
+                shard_id=shard.shard_id,
+                dataset=shard.dataset,
+                config=config,
+                card=card,
+                spool=spool,
+                keypoints=keypoints,
+            )
+            outcome = run_video(video, engine, tracking, config, on_frames)
+        outcomes.append(outcome)
+    report = publish(store, config, card, shard, outcomes)
+    logger.info("%s", report.line())
+    return report
+
+
+def run_video(
+    video: Video,
+    engine: Engine,
+    tracking: VideoTracking,
+    config: JobConfig,
+    on_frames: Callable[[int], None] = lambda num_frames: None,
+) -> VideoOutcome:
+    """One video through decoder, models and tracker, in this process."""
+    try:
+        for item in read_chunks_isolated(video, config.video):
+            if isinstance(item, DecodeSummary):
+                return tracking.finish(item)
+            [result] = engine.run([item])
+            tracking.add(result)
+            on_frames(item.num_frames)
+    except VideoError as error:
+        return tracking.fail(error)
+    raise FourdhError(f"video {video.video_id}: the decoder ended without saying how")
+
+
+def finished_outcome(spool: VideoSpool, video: Video, card: ModelCard) -> VideoOutcome | None:
+    """What an earlier run made of this very content with these models, None if it did not."""
+    metadata = spool.metadata()
+    if metadata is None or metadata["fingerprint"] != video_fingerprint(video, card):
+        return None
+    outcome = VideoOutcome(**metadata["outcome"])
+    return None if outcome.status == QUARANTINED else outcome  # a new run tries again
+
+
+def record_failure(
+    store: Store,
+    config: JobConfig,
+    card: ModelCard,
+    shard: Shard,
+    video: Video,
+    error: VideoError,
+    *,
+    status: str,
+    attempts: int,
+) -> VideoOutcome:
+    """Give a video up: nothing but its row in `videos` and its row in `failures`."""
+    spool = VideoSpool(store, shard.shard_id, video.video_id)
+    spool.discard()
+    tracking = VideoTracking(
+        video,
+        shard_id=shard.shard_id,
+        dataset=shard.dataset,
+        config=config,
+        card=card,
+        spool=spool,
+        keypoints=keypoints_of(config),
+    )
+    return tracking.fail(error, status=status, attempts=attempts)
+
+
+def keypoints_of(config: JobConfig) -> Keypoints:
+    """The body model of the settings as a function of arrays; loaded, with torch, when needed."""
+
+    @cache
+    def body() -> SmplBody:
+        from fourdh_batch.models.smpl import load_body
+
+        return load_body(
+            config.hmr.body or None, extra_regressor=config.hmr.extra_regressor or None
+        )
+
+    def keypoints(global_orient: F32, body_pose: F32, betas: F32) -> F32:
+        import torch
+
+        pose = (torch.from_numpy(x) for x in (global_orient, body_pose, betas))
+        with torch.inference_mode():
+            result: F32 = body().keypoints_3d(*pose).numpy()
+        return result
+
+    return keypoints
+
+
+def publish(
+    store: Store,
+    config: JobConfig,
+    card: ModelCard,
+    shard: Shard,
+    outcomes: Sequence[VideoOutcome],
+) -> ShardReport:
+    """Merge the spools of all videos of a shard into its objects; the commit record comes last."""
+    commit = publish_shard(
+        store,
+        shard_id=shard.shard_id,
+        dataset=shard.dataset,
+        videos=[VideoSpool(store, shard.shard_id, v.video_id) for v in shard.videos],
+        fingerprint=shard.fingerprint(card.fingerprint),
+        config_fingerprint=fingerprint_of(to_dict(config)),
+        model_fingerprint=card.fingerprint,
+        timings_s={outcome.video_id: outcome.seconds for outcome in outcomes},
+    )
+    return ShardReport(
+        shard_id=shard.shard_id,
+        outcomes=tuple(outcomes),
+        num_track_rows=commit.num_rows["tracks"],
+        num_detection_rows=commit.num_rows["detections"],
+        num_bytes=sum(record.num_bytes for record in commit.objects.values()),
+        commit=commit,
+    )
+
+
+def _damage_text(damage: Damage) -> str:
+    until = "the end" if damage.last_frame_index is None else str(damage.last_frame_index)
+    return f"frames {damage.first_frame_index} to {until} lost: {damage.message}"
+
+
+def _drop_none(columns: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in columns.items() if value is not None}

@@ -1,0 +1,42 @@
+"""`make bench`: figures as ratios against a named baseline, measured in turn in one run.
+
+  python -m tests.benchmark                 all of the quick ones
+  python -m tests.benchmark decode tracker  some of them
+  python -m tests.benchmark memory          the 30-minute video (minutes)
+
+Each figure is the median of several interleaved rounds, with the smallest and the largest.
+Absolute times are only meaningful on a named GPU: see `gpu_hmr2.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+
+QUICK = ("decode", "hmr", "tracker", "engine")
+ALL = (*QUICK, "memory")
+
+
+def main(words: list[str]) -> int:
+    names = [word for word in words if not word.startswith("-")] or list(QUICK)
+    unknown = sorted(set(names) - set(ALL))
+    if unknown:
+        print(f"unknown: {', '.join(unknown)}; known: {', '.join(ALL)}", file=sys.stderr)
+        return 2
+    for name in names:
+        figures = import_module(f"tests.benchmark.{name}").run()
+        for figure in figures:
+            if "--json" in words:
+                print(json.dumps({"benchmark": name, **figure}))
+                continue
+            spread = figure.get("spread")
+            text = f"{figure['value']:.3g} {figure['unit']}"
+            if spread:
+                text += f"  ({spread[0]:.3g} to {spread[1]:.3g})"
+            print(f"{name:8} {figure['what']:70} {text}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
