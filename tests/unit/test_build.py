@@ -24,6 +24,7 @@ from fourdh_batch.models.build import (
     load_hmr2,
     save_hmr2,
     untrained_hmr2,
+    weights_origin,
 )
 from fourdh_batch.models.checkpoint import read_lightning_state_dict, tensors_digest
 from fourdh_batch.models.hmr2 import Hmr2
@@ -215,6 +216,7 @@ def test_converted_checkpoint_is_the_same_model_and_says_where_it_came_from(
         f"{dst}: HMR 2.0 size tiny, official weights, 75 tensors, 277,530 numbers, digest {digest}"
     )
     assert "imported weights" in check_checkpoint(src)
+    assert (weights_origin(dst), weights_origin(src)) == ("official", "imported")
     convert_official_checkpoint(src, dst, origin="imported")
     assert load_hmr2(dst, body).weights_origin == "imported"
 

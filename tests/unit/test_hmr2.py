@@ -222,6 +222,7 @@ def test_gradients_reach_all_weights_that_act(body: SmplBody, crops: Tensor) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # PyTorch's own
 def test_compiled_blocks_give_the_same(body: SmplBody, crops: Tensor) -> None:
     model = tiny(body)
     compiled = build_hmr2(
