@@ -55,10 +55,10 @@ def crop_batch(
     if antialias:
         pixels = _warp_blurred(frames, frame_row, center, size)
     else:
-        pixels = _warp(frames, frame_row, center, size).double()
+        pixels = _warp(frames, frame_row, center, size)
     mean = torch.from_numpy(MEAN_RGB).to(frames.device)[:, None, None]
     std = torch.from_numpy(STD_RGB).to(frames.device)[:, None, None]
-    return pixels.sub_(mean).div_(std).float()
+    return (pixels - mean).div_(std).float()  # in float64, as published
 
 
 def crop_masks(masks: Tensor, mask_row: Tensor, center: Tensor, size: Tensor) -> Tensor:
@@ -188,10 +188,13 @@ def _taps(position: Tensor, length: int) -> tuple[tuple[Tensor, Tensor], tuple[T
     """
     position = position >> 5  # 1/32 px
     low = position >> 5
+    high = low + 1
     fraction = (position & (STEPS - 1)).float().mul_(1 / STEPS)
-    low_weight = (1 - fraction) * ((low >= 0) & (low < length))
-    high_weight = fraction * ((low >= -1) & (low < length - 1))
-    return (low.clamp(0, length - 1), low_weight), ((low + 1).clamp_(0, length - 1), high_weight)
+    low_inside, high_inside = low.clamp(0, length - 1), high.clamp(0, length - 1)
+    return (
+        (low_inside, (1 - fraction) * (low_inside == low)),
+        (high_inside, fraction * (high_inside == high)),
+    )
 
 
 def _warp_blurred(frames: Tensor, frame_row: Tensor, center: Tensor, size: Tensor) -> Tensor:
