@@ -55,9 +55,9 @@ class Hmr2Size:
 HMR2_SIZES = {
     # The published model: 670 M parameters, 251 GFLOP per crop.
     "vit_h": Hmr2Size(32, 1280, 16, 6, 1024, 8, 64, 1024),
-    # 3 M parameters, 0.7 GFLOP per crop: for CPUs.
+    # 2.8 M parameters, 0.85 GFLOP per crop: for CPUs.
     "mini": Hmr2Size(4, 192, 4, 2, 256, 4, 32, 256),
-    # 0.2 M parameters: for tests.
+    # 0.3 M parameters: for tests.
     "tiny": Hmr2Size(2, 64, 4, 2, 96, 2, 24, 80),
 }
 

@@ -80,7 +80,7 @@ def read_lightning_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{', '.join(refused)}; refused, because reading it could run code"
         )
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+        with torch.serialization.safe_globals([_stand_in(name) for name in unknown]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _DAMAGED as error:
         raise _damaged(path, error) from error
@@ -147,6 +147,12 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _stand_in(full_name: str) -> type[_Inert]:
+    """A class that answers to this name."""
+    module, _, name = full_name.rpartition(".")
+    return type(name, (_Inert,), {"__module__": module})
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
