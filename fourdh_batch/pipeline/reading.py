@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from fourdh_batch.config import VideoConfig
+from fourdh_batch.errors import UndecodableError
 from fourdh_batch.pipeline.plan import Video
+from fourdh_batch.storage import is_local, local_path, open_read, redact_uri
 from fourdh_batch.types import DecodeSummary, FrameChunk
 from fourdh_batch.video.decode import VideoReader
-from fourdh_batch.video.isolate import decode_isolated
+from fourdh_batch.video.isolate import decode_chunks, decode_isolated, run_isolated
 
 _MIB = 1 << 20
 
@@ -16,20 +19,19 @@ _MIB = 1 << 20
 def read_chunks(video: Video, config: VideoConfig) -> Iterator[FrameChunk | DecodeSummary]:
     """Decode a video in this process: its chunks, then how it ended.
 
+    A remote video is read by ranges as the decoder asks for them.
+
     Raises:
         VideoError: nothing (more) can be read.
     """
-    with VideoReader(
-        video.uri,
-        video_id=video.video_id,
-        max_pixels=int(config.max_megapixels * 1e6),
-        decoder=config.decoder,
-    ) as reader:
-        yield from reader.chunks(
-            config.chunk_frames,
-            max_chunk_bytes=config.max_chunk_mb * _MIB,
-            score_shots=config.detect_shots,
-        )
+    options = _reader_options(video, config)
+    if is_local(video.uri):
+        with VideoReader(str(local_path(video.uri)), **options) as reader:
+            yield from reader.chunks(**_chunk_options(config))
+            yield reader.summary
+        return
+    with _open_remote(video.uri, video.video_id) as file, VideoReader(file, **options) as reader:
+        yield from reader.chunks(**_chunk_options(config))
         yield reader.summary
 
 
@@ -39,14 +41,51 @@ def read_chunks_isolated(video: Video, config: VideoConfig) -> Iterator[FrameChu
     Raises:
         VideoError: also when the child dies or hands out nothing for too long.
     """
-    yield from decode_isolated(
-        video.uri,
-        video_id=video.video_id,
-        chunk_frames=config.chunk_frames,
-        max_chunk_bytes=config.max_chunk_mb * _MIB,
-        score_shots=config.detect_shots,
-        decoder=config.decoder,
-        max_pixels=int(config.max_megapixels * 1e6),
+    options = {**_reader_options(video, config), **_chunk_options(config)}
+    memory_limit_bytes = config.decoder_memory_mb * _MIB or None
+    if is_local(video.uri):
+        yield from decode_isolated(
+            str(local_path(video.uri)),
+            **options,
+            stall_timeout_s=config.stall_timeout_s,
+            memory_limit_bytes=memory_limit_bytes,
+        )
+        return
+    yield from run_isolated(
+        f"{__name__}:remote_chunks",
+        {"uri": video.uri, **options},
+        video=video.video_id,
         stall_timeout_s=config.stall_timeout_s,
-        memory_limit_bytes=config.decoder_memory_mb * _MIB or None,
+        memory_limit_bytes=memory_limit_bytes,
     )
+
+
+def remote_chunks(
+    allocate: Any, on_packet: Callable[[], None], *, uri: str, video_id: str, **options: Any
+) -> Iterator[FrameChunk | DecodeSummary]:
+    """What the child of `read_chunks_isolated` runs for a remote video."""
+    with _open_remote(uri, video_id) as file:
+        yield from decode_chunks(allocate, on_packet, source=file, video_id=video_id, **options)
+
+
+def _open_remote(uri: str, video_id: str) -> Any:
+    try:
+        return open_read(uri)
+    except FileNotFoundError as error:
+        raise UndecodableError(f"{redact_uri(uri)} is gone", video=video_id) from error
+
+
+def _reader_options(video: Video, config: VideoConfig) -> dict[str, Any]:
+    return {
+        "video_id": video.video_id,
+        "max_pixels": int(config.max_megapixels * 1e6),
+        "decoder": config.decoder,
+    }
+
+
+def _chunk_options(config: VideoConfig) -> dict[str, Any]:
+    return {
+        "chunk_frames": config.chunk_frames,
+        "max_chunk_bytes": config.max_chunk_mb * _MIB,
+        "score_shots": config.detect_shots,
+    }
