@@ -192,7 +192,7 @@ def decode_range(
     allocate: Allocate, on_packet: Callable[[], None], **arguments: Any
 ) -> Iterator[Item]:
     """What the child of `read_frames_isolated` runs."""
-    yield read_frames(**arguments)
+    yield read_frames(**arguments, on_packet=on_packet)
 
 
 def run_isolated(

@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 import struct
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -284,6 +286,15 @@ class TestChunks:
             for chunk in reader.chunks(16, allocate=allocate):
                 assert np.shares_memory(chunk.rgb, given[-1])
         assert [len(memory) for memory in given] == [16, 14]
+
+    def test_use_memory_again_but_not_while_it_is_seen(self, clip: Path) -> None:
+        with VideoReader(str(clip)) as reader:
+            kept = [chunk.rgb[-1, 4:12] for chunk in reader.chunks(5)]
+            whole = next(reader.chunks(30)).rgb
+            addresses = {chunk.rgb.ctypes.data for chunk in reader.chunks(5)}
+        assert len(addresses) <= 3
+        for number, part in enumerate(kept):
+            assert np.array_equal(part, whole[5 * number + 4, 4:12])
 
     @pytest.mark.parametrize("start", [1, 10, 17])
     def test_from_the_middle_have_the_scores_of_the_whole(self, clip: Path, start: int) -> None:
@@ -572,6 +583,7 @@ class TestDamage:
         assert [i for i, _ in shown] == list(range(first, first + 30))
         (damage,) = damage_of(cut)
         assert (damage.first_frame_index, damage.last_frame_index) == (0, first - 1)
+        assert "begins inside a group" in damage.message
 
 
 class TestReader:
@@ -605,6 +617,21 @@ class TestReader:
             with pytest.raises(TooLargeError):
                 probe(str(clip), max_pixels=1)
         assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+    @pytest.mark.slow
+    def test_needs_no_more_memory_for_a_longer_video(self, tmp_path: Path) -> None:
+        path = make_video(tmp_path / "long.mp4", 20_000, "mpeg4", g="100", b="300k")
+        code = f"""
+import resource
+from fourdh_batch.video.decode import VideoReader
+peaks = []
+with VideoReader({str(path)!r}) as reader:
+    for chunk in reader.chunks(32, score_shots=True):
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(peaks[-1] - peaks[len(peaks) // 10])
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert float(done.stdout) < 4, done.stderr  # MiB
 
     def test_gives_signs_of_life(self, clip: Path) -> None:
         signs: list[int] = []
