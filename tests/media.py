@@ -93,7 +93,6 @@ class BoxCorpus:
             "hmr.weights=untrained",
             "hmr.size=tiny",
             "hmr.device=cpu",
-            "hmr.batch_size=16",
             "detector.name=boxes",
             f"detector.path={self.boxes}",
             "video.chunk_frames=16",
