@@ -306,16 +306,21 @@ class VideoReader:
     def _pass(self, start: int, with_previous: bool) -> Generator[DecodedFrame]:
         """Frames from `start` on, and before them the last good frame ahead of `start` if asked.
 
-        Verified seek: decode from the last keyframe at or before the frame wanted; if what comes
-        first lies behind it, go back to earlier keyframes and at last to the beginning.
+        Verified seek: decode from the last keyframe at or before the frame wanted; unless its
+        own picture comes first, go back to earlier keyframes and at last to the beginning. (A
+        recovery point gives its first picture later, and damage until then would not show.)
         """
+        if start >= self.info.num_frames:
+            decoding = _Decoding(self._scan, self._max_pixels, self._on_packet)
+            yield from self._hand_out(None, iter(()), decoding, start, False)
+            return
         wanted = max(0, start - 1) if with_previous else start
         for key in self._entries(wanted):
             decoding = _Decoding(self._scan, self._max_pixels, self._on_packet)
             with closing(decoding.run(self._source, self._video, key)) as frames:
                 first = next(frames, None)
-                if key is not None and (first is None or first[0] > wanted):
-                    logger.debug("video %s: no frame %d from key %d", self._video, wanted, key)
+                if key is not None and (first is None or first[0] != self._scan.key_frame[key]):
+                    logger.debug("video %s: key %d is no clean start", self._video, key)
                     continue
                 yield from self._hand_out(first, frames, decoding, start, with_previous)
                 return
@@ -572,6 +577,7 @@ class _Decoding:
         self._taken: int | None = None  # last frame held or out since the decoder started afresh
         self._next_frame = 0  # expected from the decoder
         self._skip_to = int(scan.key_packet[0])  # packets before it are not decoded
+        self._damage: _Loss | None = None  # the last one met
         self._lost = [_Loss(_NEVER, int(scan.key_frame[0]), _BEGINS_INSIDE)]
 
     def run(
@@ -728,7 +734,14 @@ class _Decoding:
         resume, good_from = _NEVER, _NEVER
         if after < len(scan.key_packet):
             resume, good_from = int(scan.key_packet[after]), int(scan.key_frame[after])
-        self._lost.append(_Loss(bad_from, good_from, (code, f"packet {first_bad}: {message}")))
+        loss = _Loss(bad_from, good_from, (code, f"packet {first_bad}: {message}"))
+        before = self._damage
+        if nothing_out and before is not None and before.good_from == scan.key_frame[group]:
+            # The group before is lost as well: one loss, however many groups it takes in
+            self._lost.remove(before)
+            loss = before._replace(good_from=good_from)
+        self._damage = loss
+        self._lost.append(loss)
         self._held = deque(item for item in self._held if not self._is_lost(item[0]))
         if resume <= fed or self._skip_to > fed:  # already past it, or already emptied
             return []

@@ -367,7 +367,10 @@ class _Child:
     def kill(self) -> None:
         """End the child now and leave nothing behind."""
         self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(_EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # it waits inside the kernel, say for a lost disk
+            logger.warning("decoding process %d was killed and lingers", self._process.pid)
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._socket.close()

@@ -7,7 +7,9 @@ display rotation.
 Files nobody vouches for: only containers in `CONTAINERS` are opened, and only through FFmpeg's
 file protocol (or from an opened file). A playlist, a script of file names or a still picture is
 refused, whatever its name, and opens nothing else. The picture size is held against a limit when
-the file is opened and by the decoder whenever it changes.
+the file is opened and by the decoder whenever it changes. (MPEG program streams and FLV name
+their streams late: FFmpeg looks at a first picture before its size can be checked, and only the
+memory limit of a child process helps.)
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ NO_TIME = -(2**63)
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 # Types a top-level box of an ISO base media file (MP4, MOV) may begin with
 _ISO_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"sidx"}
+_STILL_BRANDS = {"avif", "heic", "heix", "mif1"}  # AVIF and HEIF share the container
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<?xml")
 # FFmpeg's HEVC decoder passes over errors unless told to report them. Files whose very first
 # picture fails then (odd metadata, sound pictures) are read without.
@@ -402,6 +405,8 @@ def _head(source: str | BinaryIO, num_bytes: int) -> bytes:
 
 
 def _video_stream(container: av.container.InputContainer, video: str) -> av.VideoStream:
+    if container.metadata.get("major_brand", "").strip() in _STILL_BRANDS:
+        raise NotAVideoError("expected a video, got a still picture", video=video)
     streams = [s for s in container.streams.video if not s.disposition & _STILLS]
     best = container.streams.best("video")
     if not streams:

@@ -389,6 +389,14 @@ class TestNotAVideo:
             with pytest.raises(NotAVideoError, match="one of the containers"):
                 probe(str(path))
 
+    def test_still_picture_in_a_container_of_films(self, clip: Path, tmp_path: Path) -> None:
+        data = clip.read_bytes()
+        assert data[4:12] == b"ftypisom"
+        path = tmp_path / "still.mp4"
+        path.write_bytes(data[:8] + b"heic" + data[12:])
+        with pytest.raises(NotAVideoError, match="got a still picture"):
+            probe(str(path))
+
     @pytest.mark.parametrize(
         "url", ["http://127.0.0.1:9/a.mp4", "s3://bucket/a.mp4", "file:///etc/passwd"]
     )
@@ -517,6 +525,21 @@ class TestDamage:
         kept = digests(overwrite(clip, tmp_path / "a.mp4", 19))
         assert all(kept.get(i) == whole[i] for i in (*range(10), *range(20, 30)))
 
+    @pytest.mark.parametrize("packet", [17, 20, 27])
+    def test_without_true_keyframes_is_the_same_from_any_start(
+        self, folder: Path, tmp_path: Path, packet: int
+    ) -> None:
+        params = {"x264-params": "intra-refresh=1:scenecut=0", "bf": "0", "g": "12"}
+        path = make_video(folder / f"refresh{packet}.mp4", 60, **params)
+        whole = digests(path)
+        damaged = overwrite(path, tmp_path / "a.mp4", packet)
+        kept = digests(damaged)
+        assert set(range(packet)) <= set(kept)
+        assert packet not in kept
+        assert all(whole[i] == kept[i] for i in kept)
+        for start in range(1, 60, 7):
+            assert digests(damaged, start) == {i: kept[i] for i in kept if i >= start}
+
     @pytest.mark.parametrize("start", [15, 20, 25])
     def test_shot_score_across_it_compares_with_the_last_good_frame(
         self, clip: Path, tmp_path: Path, start: int
@@ -537,7 +560,8 @@ class TestDamage:
             data[position : position + size] = bytes(size)
         path.write_bytes(data)
         with VideoReader(str(path)) as reader:
-            with pytest.raises(UndecodableError, match="expected 30 frames, got none") as raised:
+            match = "expected 30 frames, got none: packet 0: decoding failed"
+            with pytest.raises(UndecodableError, match=match) as raised:
                 next(reader.frames())
             assert (raised.value.stage, raised.value.frame_index) == ("decode", 0)
 
