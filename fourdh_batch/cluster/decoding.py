@@ -15,10 +15,15 @@ from fourdh_batch.pipeline.reading import read_chunks
 from fourdh_batch.types import DecodeSummary, FrameChunk
 
 
+class DecoderStarted:
+    """The first item of every decoder: from here on it must show progress."""
+
+
 def decode_chunks(
     video: Video, config: VideoConfig
-) -> Iterator[FrameChunk | DecodeSummary | VideoError]:
+) -> Iterator[DecoderStarted | FrameChunk | DecodeSummary | VideoError]:
     """Chunks of one video, then how it ended; a typed error is handed out, not raised."""
+    yield DecoderStarted()
     try:
         yield from read_chunks(video, config)
     except VideoError as error:
@@ -32,7 +37,7 @@ class JournalKeeper:
         self._units: dict[str, tuple[int, float]] = {}
 
     def report(self, unit: str, num_frames: int) -> None:
-        """Called at the start of a unit (0 frames) and after every chunk."""
+        """Called when the decoder of a unit starts (0 frames) and after every chunk."""
         self._units[unit] = (num_frames, time.monotonic())
 
     def forget(self, unit: str) -> None:

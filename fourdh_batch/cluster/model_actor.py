@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from fourdh_batch.cluster.decoding import decode_video
+from fourdh_batch.cluster.decoding import DecoderStarted, decode_video
 from fourdh_batch.config import JobConfig
 from fourdh_batch.errors import DecodeStalledError, FourdhError, VideoError, WorkerDiedError
 from fourdh_batch.pipeline.engine import Engine, build_engine
@@ -90,12 +90,14 @@ class ModelWorker:
         """
         if isinstance(self._engine, FourdhError):
             raise self._engine
-        journal.report.remote(unit, 0)
         unacknowledged: deque[Any] = deque()
         num_frames = 0
         summary: DecodeSummary | None = None
         try:
             for item in self._decode(video):
+                if isinstance(item, DecoderStarted):
+                    journal.report.remote(unit, 0)
+                    continue
                 if isinstance(item, VideoError):
                     return ray.get(tracker.fail.remote(unit, item))  # type: ignore[no-any-return]
                 if isinstance(item, DecodeSummary):
@@ -119,16 +121,19 @@ class ModelWorker:
                 raise error.cause from error
             raise
 
-    def _decode(self, video: Video) -> Iterator[FrameChunk | DecodeSummary | VideoError]:
+    def _decode(
+        self, video: Video
+    ) -> Iterator[DecoderStarted | FrameChunk | DecodeSummary | VideoError]:
         config = self._config
         stream = decode_video.options(
             num_cpus=config.cluster.cpus_per_decoder,
             _generator_backpressure_num_objects=config.cluster.chunks_ahead,
         ).remote(video, config.video)
         num_frames = 0
+        timeout_s: float | None = None  # waiting for a free core is nobody's fault
         try:
             while True:
-                ready, _ = ray.wait([stream], timeout=config.video.stall_timeout_s)
+                ready, _ = ray.wait([stream], timeout=timeout_s)
                 if not ready:
                     raise DecodeStalledError(
                         f"no frames for {config.video.stall_timeout_s:g} s",
@@ -149,6 +154,8 @@ class ModelWorker:
                         frame_index=num_frames,
                         stage="decode",
                     ) from error
+                if isinstance(item, DecoderStarted):
+                    timeout_s = config.video.stall_timeout_s
                 if isinstance(item, FrameChunk):
                     num_frames += item.num_frames
                 yield item

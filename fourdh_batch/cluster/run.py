@@ -73,6 +73,7 @@ from fourdh_batch.tables.writer import VideoSpool, discard_work
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+STARVING_S = 60.0  # without a running unit for so long, say what is lacking
 STORAGE_ATTEMPTS = 3
 FREE_RETRIES = 3  # then even an innocent-looking unit is a suspect
 MAX_LANE_STARTS_WITHOUT_WORK = 3
@@ -281,6 +282,7 @@ class _Scheduler:
         self._last_death = ""
         self._unexpected: set[str] = set()  # videos that met an error of our own code
         self._num_succeeded = 0
+        self._last_seen_running = time.monotonic()
 
     def run(self, shards: Sequence[Shard]) -> None:
         for shard in shards:
@@ -300,6 +302,7 @@ class _Scheduler:
             self._dispatch()
             self._collect()
             self._give_up_stalled()
+            self._say_what_is_lacking()
             if time.monotonic() - self._lease_renewed > LEASE_S / 3:
                 self._renew_lease()
                 self._lease_renewed = time.monotonic()
@@ -308,9 +311,24 @@ class _Scheduler:
             self._kill(lane)
 
     def _num_lanes(self) -> int:
+        """As many as asked for, or one per GPU; but every lane needs cores for a decoder too."""
         cluster = self._config.cluster
-        gpus = int(ray.cluster_resources().get("GPU", 0) / cluster.gpus_per_actor)
-        return cluster.gpu_actors or max(1, gpus)
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0) / cluster.gpus_per_actor)
+        wanted = cluster.gpu_actors or max(1, gpus)
+        cpus = resources.get("CPU", 0)
+        room = max(1, int(cpus / (cluster.cpus_per_actor + cluster.cpus_per_decoder)))
+        if room < wanted:
+            logger.warning(
+                "%d model processes instead of %d: each needs %g CPUs and %g for a decoder, "
+                "the cluster has %g",
+                room,
+                wanted,
+                cluster.cpus_per_actor,
+                cluster.cpus_per_decoder,
+                cpus,
+            )
+        return min(room, wanted)
 
     def _start_lane(self) -> _Lane:
         if self._lane_starts_without_work >= MAX_LANE_STARTS_WITHOUT_WORK:
@@ -507,6 +525,25 @@ class _Scheduler:
                     )
             if errors:
                 self._end_lane(lane, errors)
+
+    def _say_what_is_lacking(self) -> None:
+        now = time.monotonic()
+        if self._publishing or ray.get(self._journal.snapshot.remote()):
+            self._last_seen_running = now
+        if now - self._last_seen_running < STARVING_S:
+            return
+        self._last_seen_running = now
+        cluster = self._config.cluster
+        logger.warning(
+            "nothing has run for %.0f s. A model process needs %g CPUs (and %g GPUs where there "
+            "are any), each of its decoders %g CPUs; the cluster has %s, of which free %s",
+            STARVING_S,
+            cluster.cpus_per_actor,
+            cluster.gpus_per_actor,
+            cluster.cpus_per_decoder,
+            {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")},
+            {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")},
+        )
 
     def _end_lane(self, lane: _Lane, errors: dict[str, Exception]) -> None:
         """A lane has died or must; its units without an error run again free of charge."""

@@ -211,6 +211,17 @@ def test_a_killed_model_process_costs_nothing_but_time(
     assert_same(tables_of(root), tables_of(tmp_path / "out"))
 
 
+def test_more_model_processes_than_the_cluster_holds_are_cut_not_waited_for(
+    tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = BoxCorpus(tmp_path / "in")
+    mine.add("a.mp4", num_frames=12, seed=1)
+    mine.add("b.mp4", num_frames=12, seed=2)
+    words = [*mine.settings(tmp_path / "out"), "cluster.gpu_actors=50", "cluster.cpus_per_actor=9"]
+    assert run_job(load_config(None, words)).exit_code == 0
+    assert "1 model processes instead of 50" in caplog.text
+
+
 def test_a_second_driver_is_refused(corpus: BoxCorpus, tmp_path: Path) -> None:
     config = load_config(None, corpus.settings(tmp_path / "out"))
     with Lease(Store(config.output)), pytest.raises(OutputInUseError, match="in use by"):
