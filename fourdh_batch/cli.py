@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -26,21 +25,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from fourdh_batch import __version__
-from fourdh_batch.cluster import run as cluster
 from fourdh_batch.config import describe_settings, load_config, require
 from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
-from fourdh_batch.models.build import (
-    HMR2_SIZES,
-    check_checkpoint,
-    convert_official_checkpoint,
-)
-from fourdh_batch.pipeline.engine import UNTRAINED
 from fourdh_batch.pipeline.plan import plan_shards, read_corpus
+from fourdh_batch.pipeline.records import UNTRAINED
 from fourdh_batch.pipeline.shard import FAILED, OK, PARTIAL, QUARANTINED
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.reader import read_table, read_tracks
 from fourdh_batch.video.decode import VideoReader
-from fourdh_batch.view.overlay import write_overlay_video
+
+if TYPE_CHECKING:  # torch and ray are imported by the commands that need them
+    from fourdh_batch.cluster.run import Progress as JobProgress
+    from fourdh_batch.cluster.run import RunReport
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +151,8 @@ def doctor_command(as_json: AsJson = False) -> None:
 @weights_app.command("list")
 def weights_list_command() -> None:
     """List the model sizes and what their weights are made from."""
+    from fourdh_batch.models.build import HMR2_SIZES
+
     for name, size in HMR2_SIZES.items():
         typer.echo(f"{name:10} {size}")
 
@@ -172,6 +170,8 @@ def weights_import_command(
     """
 
     def convert() -> int:
+        from fourdh_batch.models.build import convert_official_checkpoint
+
         convert_official_checkpoint(source, target)
         typer.echo(str(target))
         return DONE
@@ -189,6 +189,8 @@ def weights_check_command(
     """
 
     def check() -> int:
+        from fourdh_batch.models.build import check_checkpoint
+
         typer.echo(check_checkpoint(path))
         return DONE
 
@@ -202,6 +204,8 @@ def show(output: str, video_id: str, to: str | Path) -> None:
         ConfigError: the output holds no such video.
         VideoError: it cannot be read any more.
     """
+    from fourdh_batch.view.overlay import write_overlay_video
+
     videos = read_table(output, "videos")
     rows = videos[videos["video_id"] == video_id]
     if rows.empty:
@@ -227,6 +231,8 @@ def show(output: str, video_id: str, to: str | Path) -> None:
 
 def doctor() -> dict[str, Any]:
     """Versions and devices, by name."""
+    import torch
+
     facts: dict[str, Any] = {
         "fourdh_batch": __version__,
         "python": platform.python_version(),
@@ -248,6 +254,8 @@ def run_job(yaml: str | Path | None, words: Sequence[str], *, as_json: bool = Fa
     def run() -> int:
         config = load_config(yaml, words)
         with _progress() as on_progress:
+            from fourdh_batch.cluster import run as cluster
+
             report = cluster.run_job(config, on_progress=on_progress)
         if as_json:
             typer.echo(json.dumps(_summary(report)))
@@ -288,6 +296,9 @@ def _guarded(call: Callable[[], int]) -> int:
     except (ConfigError, ManifestError) as error:
         typer.echo(f"error: {error}", err=True)
         return USAGE
+    except FileNotFoundError as error:
+        typer.echo(f"error: {error.filename}: {error.strerror or 'no such file'}", err=True)
+        return USAGE
     except FourdhError as error:
         typer.echo(f"error: {error}", err=True)
         return FAIL
@@ -301,7 +312,7 @@ def _stop(signum: int, frame: object) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[cluster.Progress], None]]:
+def _progress() -> Iterator[Callable[[JobProgress], None]]:
     """A bar where a person looks on, else a line in the log now and then."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -310,7 +321,7 @@ def _progress() -> Iterator[Callable[[cluster.Progress], None]]:
         )
         last = time.monotonic()
 
-        def log(now: cluster.Progress) -> None:
+        def log(now: JobProgress) -> None:
             nonlocal last
             if time.monotonic() - last >= LOG_EVERY_S:
                 last = time.monotonic()
@@ -335,7 +346,7 @@ def _progress() -> Iterator[Callable[[cluster.Progress], None]]:
     ) as bar:
         task = bar.add_task("planning", total=None)
 
-        def show_bar(now: cluster.Progress) -> None:
+        def show_bar(now: JobProgress) -> None:
             bar.update(
                 task,
                 total=max(now.bytes_total, 1),
@@ -346,14 +357,14 @@ def _progress() -> Iterator[Callable[[cluster.Progress], None]]:
         yield show_bar
 
 
-def _line(now: cluster.Progress) -> str:
+def _line(now: JobProgress) -> str:
     return (
         f"{now.videos_done}/{now.videos_total} videos, {now.shards_done}/{now.shards_total} "
         f"shards, {now.frames_done} frames"
     )
 
 
-def _summary(report: cluster.RunReport) -> dict[str, Any]:
+def _summary(report: RunReport) -> dict[str, Any]:
     return {
         "run_id": report.run_id,
         "output": report.output,
@@ -373,7 +384,7 @@ def _summary(report: cluster.RunReport) -> dict[str, Any]:
     }
 
 
-def _print_summary(report: cluster.RunReport) -> None:
+def _print_summary(report: RunReport) -> None:
     summary = _summary(report)
     table = Table(show_header=False, title=f"run {report.run_id}")
     if not report.shards and not report.failed_shards:

@@ -20,7 +20,7 @@ from fourdh_batch.models.build import load_hmr2, untrained_hmr2, weights_origin
 from fourdh_batch.models.detector import Detector, build_detector, drop_reasons
 from fourdh_batch.models.smpl import load_body
 from fourdh_batch.pipeline.reconstruct import Reconstructor
-from fourdh_batch.pipeline.records import ChunkResult, ModelCard
+from fourdh_batch.pipeline.records import UNTRAINED, ChunkResult, ModelCard
 from fourdh_batch.storage import open_read
 from fourdh_batch.tables.manifest import CODE_VERSION, fingerprint_of
 from fourdh_batch.tables.schema import TABLES, schema_version
@@ -28,7 +28,6 @@ from fourdh_batch.types import FrameChunk
 
 logger = logging.getLogger(__name__)
 
-UNTRAINED = "untrained"
 UNTRAINED_SIZE = "mini"
 
 

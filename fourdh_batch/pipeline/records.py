@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from fourdh_batch.types import F64, I64, Detections, People
 
+UNTRAINED = "untrained"
+"""`hmr.weights` that mean seeded random weights, and what the tables then say."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkResult:
