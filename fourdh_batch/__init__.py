@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from fourdh_batch.pipeline.process import load_models, process_video
     from fourdh_batch.tables.reader import read_table, read_tracks, smpl_arrays
     from fourdh_batch.tracking.tracker import PhalpTracker
+    from fourdh_batch.types import KEYPOINT_NAMES
 
 _HOME = {
+    "KEYPOINT_NAMES": "types",
     "PhalpTracker": "tracking.tracker",
     "load_body": "models.smpl",
     "load_hmr2": "models.build",
@@ -36,6 +38,7 @@ _HOME = {
 }
 
 __all__ = [
+    "KEYPOINT_NAMES",
     "PhalpTracker",
     "__version__",
     "load_body",

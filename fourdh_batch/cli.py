@@ -302,6 +302,9 @@ def _guarded(call: Callable[[], int]) -> int:
     except FourdhError as error:
         typer.echo(f"error: {error}", err=True)
         return FAIL
+    except OSError as error:
+        typer.echo(f"error: {error}", err=True)
+        return FAIL
     except KeyboardInterrupt:
         typer.echo("stopped; finished videos are kept, the same command goes on", err=True)
         return FAIL

@@ -126,12 +126,15 @@ class PlanConfig:
         mb_per_shard: a shard is closed when its video files exceed this, MiB.
         limit: take only the first so many videos; 0 for all.
         retry_quarantined: also redo finished shards that hold a quarantined video.
+        remove_missing: videos that are finished but not in `input` any more leave the tables;
+            otherwise they stay, and a run that would lose them is refused.
     """
 
     videos_per_shard: int = 200
     mb_per_shard: int = 512
     limit: int = 0
     retry_quarantined: bool = False
+    remove_missing: bool = False
 
 
 @dataclass
@@ -368,7 +371,7 @@ def _impossible(config: JobConfig) -> list[str]:
         ("hmr.batch_size", hmr.batch_size >= 0, "0 or more", hmr.batch_size),
         ("hmr.cpu_threads", hmr.cpu_threads >= 1, "at least 1", hmr.cpu_threads),
         ("tracker.max_age", tracker.max_age >= 0, "0 or more", tracker.max_age),
-        ("tracker.n_init", tracker.n_init >= 1, "at least 1", tracker.n_init),
+        ("tracker.n_init", 1 <= tracker.n_init <= 7, "1 to 7", tracker.n_init),
         ("tracker.gate", tracker.gate >= 1, "at least 1", tracker.gate),
         ("plan.videos_per_shard", plan.videos_per_shard >= 1, "at least 1", plan.videos_per_shard),
         ("plan.mb_per_shard", plan.mb_per_shard >= 1, "at least 1", plan.mb_per_shard),

@@ -27,6 +27,53 @@ Bool = NDArray[np.bool_]
 NUM_BODY_JOINTS = 23  # SMPL joints without the root
 NUM_BETAS = 10  # shape coefficients used by HMR 2.0
 NUM_KEYPOINTS = 44  # 25 OpenPose body joints, then the first 19 of SPIN's 24
+KEYPOINT_NAMES = (
+    "OP Nose",
+    "OP Neck",
+    "OP RShoulder",
+    "OP RElbow",
+    "OP RWrist",
+    "OP LShoulder",
+    "OP LElbow",
+    "OP LWrist",
+    "OP MidHip",
+    "OP RHip",
+    "OP RKnee",
+    "OP RAnkle",
+    "OP LHip",
+    "OP LKnee",
+    "OP LAnkle",
+    "OP REye",
+    "OP LEye",
+    "OP REar",
+    "OP LEar",
+    "OP LBigToe",
+    "OP LSmallToe",
+    "OP LHeel",
+    "OP RBigToe",
+    "OP RSmallToe",
+    "OP RHeel",
+    "Right Ankle",
+    "Right Knee",
+    "Right Hip",
+    "Left Hip",
+    "Left Knee",
+    "Left Ankle",
+    "Right Wrist",
+    "Right Elbow",
+    "Right Shoulder",
+    "Left Shoulder",
+    "Left Elbow",
+    "Left Wrist",
+    "Neck (LSP)",
+    "Top of Head (LSP)",
+    "Pelvis (MPII)",
+    "Thorax (MPII)",
+    "Spine (H36M)",
+    "Jaw (H36M)",
+    "Head (H36M)",
+)
+"""The 44 keypoints in order: OpenPose's 25 (`OP`), then SPIN's first 19 extra ones."""
 
 
 @dataclass(frozen=True, slots=True)

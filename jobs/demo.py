@@ -47,7 +47,7 @@ def main(folder: Path) -> int:
     ]
     with pd.option_context("display.width", 120, "display.max_columns", 20, "display.precision", 2):
         print("\nfb.read_tracks(...), the first row of every person:\n")
-        print(tracks.groupby(["video_id", "track_id"], as_index=False).first()[columns].to_string())
+        print(tracks.groupby(["video_id", "track_id"]).head(1)[columns].to_string())
         print("\nfb.read_table(..., 'videos'):\n")
         videos = fb.read_table(str(tables), "videos")
         print(

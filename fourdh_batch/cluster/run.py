@@ -23,7 +23,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -48,6 +48,7 @@ from fourdh_batch.errors import (
     ConfigError,
     DecodeStalledError,
     FourdhError,
+    ManifestError,
     SchemaError,
     StorageError,
     VideoError,
@@ -67,7 +68,13 @@ from fourdh_batch.pipeline.shard import (
     record_failure,
 )
 from fourdh_batch.storage import Store
-from fourdh_batch.tables.manifest import LEASE_S, Lease, read_commits
+from fourdh_batch.tables.manifest import (
+    LEASE_S,
+    CommitRecord,
+    Lease,
+    commit_key,
+    read_commits,
+)
 from fourdh_batch.tables.writer import VideoSpool, discard_work
 
 logger = logging.getLogger(__name__)
@@ -223,12 +230,7 @@ def run_job(
         todo = []
         for shard in shards:
             commit = commits.get(shard.shard_id)
-            retry = (
-                config.plan.retry_quarantined
-                and commit is not None
-                and any(video.status == QUARANTINED for video in commit.videos)
-            )
-            if commit is None or commit.fingerprint != shard.fingerprint(card.fingerprint) or retry:
+            if commit is None or _must_redo(shard, commit, card, config):
                 todo.append(shard)
                 continue
             report.num_shards_before += 1
@@ -236,6 +238,13 @@ def run_job(
             for video in commit.videos:
                 count = report.videos_before.get(video.status, 0)
                 report.videos_before[video.status] = count + 1
+        if config.plan.remove_missing:
+            planned = {shard.shard_id for shard in shards}
+            for commit in commits.values():
+                if commit.dataset == config.dataset and commit.shard_id not in planned:
+                    _remove_shard(store, commit)
+        else:
+            _refuse_losses(todo, commits)
         logger.info(
             "run %s: %d videos in %d shards, %d shards to do, weights %s",
             run_id,
@@ -250,6 +259,43 @@ def run_job(
         report.seconds = round(time.monotonic() - started, 3)
         _record_run(store, config, report)
     return report
+
+
+def _must_redo(shard: Shard, commit: CommitRecord, card: ModelCard, config: JobConfig) -> bool:
+    """Whether a finished shard differs from what a run of today would make of it."""
+    if config.plan.retry_quarantined and any(v.status == QUARANTINED for v in commit.videos):
+        return True
+    if commit.fingerprint == shard.fingerprint(card.fingerprint):
+        return False
+    done = {video.video_id: video.content_fingerprint for video in commit.videos}
+    unchanged = commit.model_fingerprint == card.fingerprint and all(
+        done.get(video.video_id) == video.fingerprint for video in shard.videos
+    )
+    # Only videos are missing today (a smaller input, a limit): what is finished stays.
+    return config.plan.remove_missing or not unchanged
+
+
+def _refuse_losses(todo: Sequence[Shard], commits: Mapping[str, CommitRecord]) -> None:
+    """A shard is published whole; one that is redone must not lose videos by oversight."""
+    lost = []
+    for shard in todo:
+        today = {video.video_id for video in shard.videos}
+        if commit := commits.get(shard.shard_id):
+            lost += [v.video_id for v in commit.videos if v.video_id not in today]
+    if lost:
+        raise ManifestError(
+            f"this run would remove {len(lost)} finished videos that are not in the input, "
+            f"for example {lost[0]!r}: they share shards with videos that must be redone. Give the "
+            "whole corpus, or plan.remove_missing=true to let them go"
+        )
+
+
+def _remove_shard(store: Store, commit: CommitRecord) -> None:
+    """Take a shard none of whose videos is in the corpus any more out of the tables."""
+    logger.info("shard %s: its %d videos are gone", commit.shard_id, len(commit.videos))
+    store.delete(commit_key(commit.shard_id))
+    for record in commit.objects.values():
+        store.delete(record.key)
 
 
 class _Scheduler:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from fourdh_batch.config import JobConfig, require
-from fourdh_batch.errors import CheckpointError
-from fourdh_batch.models.build import load_hmr2, untrained_hmr2, weights_origin
-from fourdh_batch.models.detector import Detector, build_detector, drop_reasons
-from fourdh_batch.models.smpl import load_body
+from fourdh_batch.errors import CheckpointError, ConfigError
+from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, untrained_hmr2, weights_origin
+from fourdh_batch.models.detector import DETECTORS, Detector, build_detector, drop_reasons
+from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.pipeline.reconstruct import Reconstructor
 from fourdh_batch.pipeline.records import UNTRAINED, ChunkResult, ModelCard
 from fourdh_batch.storage import open_read
@@ -29,6 +29,7 @@ from fourdh_batch.types import FrameChunk
 logger = logging.getLogger(__name__)
 
 UNTRAINED_SIZE = "mini"
+GIVEN = "boxes"
 
 
 class Engine:
@@ -37,8 +38,8 @@ class Engine:
     Args:
         detector: person boxes.
         reconstructor: HMR 2.0 over batches of crops.
-        score_threshold, min_width_px, min_height_px: which boxes are kept (PHALP, section 2.1
-            of the tracker's description: score strictly above, sides not below).
+        score_threshold, min_width_px, min_height_px: which boxes are kept (score
+            strictly above, sides not below; docs/PHALP.md, section 1).
     """
 
     def __init__(
@@ -106,13 +107,18 @@ def build_engine(config: JobConfig) -> Engine:
     )
     if device.type == "cpu":
         torch.set_num_threads(hmr.cpu_threads)
-    body = load_body(hmr.body or None, extra_regressor=hmr.extra_regressor or None)
+    body = _load_body(config)
     if hmr.weights == UNTRAINED:
         logger.warning("weights: untrained. The bodies in the output mean nothing.")
         model = untrained_hmr2(hmr.size or UNTRAINED_SIZE, body)
     else:
         model = load_hmr2(
             hmr.weights, body, device=device, precision=hmr.precision, size=hmr.size or None
+        )
+    if hmr.weights != UNTRAINED and body.name == "open":
+        logger.warning(
+            "body: open. Poses of HMR weights fit it, shapes do not: betas mean SMPL's shape "
+            "space. Give hmr.body=SMPL_NEUTRAL.pkl hmr.extra_regressor=SMPL_to_J19.pkl"
         )
     detector = build_detector(
         config.detector.name,
@@ -135,41 +141,73 @@ def build_engine(config: JobConfig) -> Engine:
 
 
 def model_card(config: JobConfig) -> ModelCard:
-    """Digest of everything but the input that decides what the rows hold.
+    """Digest of everything but the input that decides what the rows hold; checks it on the way.
 
-    Files are read once, no model is built; so a rerun with nothing to do stays cheap.
+    Files are read, the body is loaded, but no network is built: a rerun with nothing to do stays
+    cheap, and a wrong name or a missing file is found before any process is started.
 
     Raises:
-        CheckpointError: a file that the settings name is not there.
+        ConfigError, CheckpointError: a setting is wrong, a file that it names is not there.
     """
-    hmr = config.hmr
-    require(config, "hmr.weights")
-    weights = UNTRAINED if hmr.weights == UNTRAINED else _digest_path(hmr.weights, "hmr.weights")
-    body = _digest_path(hmr.body, "hmr.body") if hmr.body else "open"
-    regressor = (
-        _digest_path(hmr.extra_regressor, "hmr.extra_regressor") if hmr.extra_regressor else ""
-    )
-    path = config.detector.path
-    detector = _digest_path(path, "detector.path") if path else ""
+    hmr, wanted = config.hmr, config.detector
+    require(config, "hmr.weights", "detector.path")
+    problems = []
+    if hmr.size and hmr.size not in HMR2_SIZES:
+        problems.append(f"hmr.size: expected one of {', '.join(HMR2_SIZES)}, got {hmr.size!r}")
+    if wanted.name not in DETECTORS:
+        problems.append(
+            f"detector.name: expected one of {', '.join(DETECTORS)}, got {wanted.name!r}"
+        )
+    if problems:
+        raise ConfigError("wrong settings:\n  " + "\n  ".join(problems))
+    if hmr.weights == UNTRAINED:
+        weights = origin = UNTRAINED
+    else:
+        weights, origin = _digest_path(hmr.weights, "hmr.weights"), weights_origin(hmr.weights)
+    body = _load_body(config)
+    if wanted.name == GIVEN:
+        detector = build_given(config).digest
+    else:
+        detector = _digest_path(wanted.path, "detector.path")
     settings = {
         "code": CODE_VERSION,
         "schemas": {name: schema_version(name) for name in TABLES},
         "weights": weights,
         "size": hmr.size,
         "precision": hmr.precision,
-        "body": body,
-        "regressor": regressor,
-        "detector": {**asdict(config.detector), "path": detector, "batch_size": 0},
+        "body": body.digest,
+        "detector": {**asdict(wanted), "path": detector, "batch_size": 0},
         "shots": config.video.detect_shots,
         "tracker": asdict(config.tracker),
     }
     return ModelCard(
         fingerprint=fingerprint_of(settings),
         weights=weights,
-        weights_origin=UNTRAINED if weights == UNTRAINED else weights_origin(hmr.weights),
-        body=body,
-        detector=f"{config.detector.name}:{detector}" if detector else config.detector.name,
+        weights_origin=origin,
+        body=f"{body.name}:{body.digest[:16]}",
+        detector=f"{wanted.name}:{detector[:16]}",
     )
+
+
+def build_given(config: JobConfig) -> Detector:
+    """The detector that hands out the boxes of a file."""
+    return build_detector(
+        GIVEN,
+        path=config.detector.path,
+        boxes_format=config.detector.boxes_format,
+        boxes_time_offset_s=config.detector.boxes_time_offset_s,
+    )
+
+
+def _load_body(config: JobConfig) -> SmplBody:
+    hmr = config.hmr
+    try:
+        return load_body(hmr.body or None, extra_regressor=hmr.extra_regressor or None)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"hmr.body={hmr.body} hmr.extra_regressor={hmr.extra_regressor}: "
+            f"no such file: {error.filename}"
+        ) from None
 
 
 def _digest_path(path: str, setting: str) -> str:

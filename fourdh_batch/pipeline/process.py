@@ -55,7 +55,8 @@ def load_models(*words: str, yaml: str | Path | None = None) -> Models:
         ConfigError, CheckpointError: a setting is wrong, a file missing or unfit.
     """
     config = load_config(yaml, words)
-    return Models(build_engine(config), model_card(config), config)
+    card = model_card(config)  # finds what is wrong before anything is loaded
+    return Models(build_engine(config), card, config)
 
 
 def process_video(

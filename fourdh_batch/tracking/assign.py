@@ -1,6 +1,6 @@
 """Which detection belongs to which track: one assignment over all of them.
 
-Source: PHALP' parity specification, section 9.
+Source: docs/PHALP.md, section 9.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How badly a detection fits what is expected of a track.
 
 Dimension letters: `K` tracks, `M` detections.
-Source: PHALP' parity specification, section 8 (EQ_019), with distances taken directly instead of
+Source: docs/PHALP.md, section 8 (EQ_019), with distances taken directly instead of
 in expanded form (section 15, Q10).
 """
 

@@ -5,7 +5,7 @@ natural logarithm of its depth in the virtual 256-pixel camera. It carries exact
 camera (tx, ty, tz) does, in the coordinates in which PHALP' regresses and compares.
 
 Dimension letters: `K` tracks, `M` detections, `P` remembered detections of a track.
-Source: PHALP' parity specification, sections 2.4 and 6.
+Source: docs/PHALP.md, sections 2.4 and 6.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ has lived and how long it has not been seen follow from the frames it remembers.
 
 Dimension letters: `K` tracks, `M` detections, `P` remembered detections, oldest first. A track
 with fewer than `P` detections remembers its first one several times.
-Source: PHALP' parity specification, sections 10 and 11.
+Source: docs/PHALP.md, sections 10 and 11.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `PhalpTracker` follows people by where they are (location and depth), by their pose and, where it
 is handed a `TextureTerm`, by how they look. Nothing here knows of files or of several videos.
 
-It follows the parity specification of PHALP', except where that advises to mend the reference
+It follows docs/PHALP.md, except where that advises to mend the reference
 (section 15): detections without a usable camera or with broken numbers never enter the
 association (Q5), a pair without a cost is refused (Q6), distances are taken directly (Q10), no
 track is confirmed before its detections allow it (Q15), the place and pose expected of a person

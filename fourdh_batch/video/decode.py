@@ -32,7 +32,7 @@ import mmap
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -585,14 +585,23 @@ class _Decoding:
     ) -> Generator[tuple[int, av.VideoFrame]]:
         """Good frames with their index, from the given keyframe or from the beginning."""
         scan = self._scan
-        with opened(source, video, self._max_pixels) as container:
+        # These containers store all that the scan relies on; others are read as they were scanned
+        stores_all = scan.info.container.startswith(("mov", "matroska"))
+        with ExitStack() as stack:
+            container = stack.enter_context(
+                opened(source, video, self._max_pixels, decode_ahead=not stores_all)
+            )
+            codec = container.streams[scan.stream_index].codec_context
+            if (codec.width, codec.height) != scan.coded_size_wh:  # its header lies
+                stack.close()
+                container = stack.enter_context(opened(source, video, self._max_pixels))
             stream = container.streams[scan.stream_index]
             self._codec = decoder_of(stream, self._max_pixels, scan.is_strict)
             if key is not None:
                 try:
                     container.seek(int(scan.key_pts[key]), stream=stream)
                 except av.FFmpegError as error:
-                    logger.debug("video %s: no seek to key %d: %s", video, key, error)
+                    logger.debug("video %s: no seek to key %d: %s", video, key, said(error))
                     return
             with closing(container.demux(stream)) as packets:
                 yield from self._decode(packets, number=0 if key is None else None)

@@ -87,6 +87,7 @@ class Scan:
         key_frame: (K,) frame shown by each of them (the next one where it is not shown).
         key_pts: (K,) their times; `NO_TIME` where there is none.
         reorder_frames: a frame's references come out at most this many frames after it.
+        coded_size_wh: as the decoder has it.
         order_is_truth: times cannot tell which frame came out of the decoder, only order can.
         seekable: times are unique and fit to find a keyframe by.
         is_strict: the decoder reports what it would else pass over.
@@ -102,6 +103,7 @@ class Scan:
     key_frame: I64
     key_pts: I64
     reorder_frames: int
+    coded_size_wh: tuple[int, int]
     order_is_truth: bool
     seekable: bool
     is_strict: bool
@@ -219,6 +221,7 @@ def scan_video(
             ),
             key_pts=key_pts,
             reorder_frames=reorder,
+            coded_size_wh=(codec.width, codec.height),
             order_is_truth=order_is_truth,
             seekable=not order_is_truth and num_repeated == 0 and bool(np.all(cut_away < times[0])),
             is_strict=is_strict,
@@ -319,9 +322,16 @@ def _header_duration_s(
 
 @contextmanager
 def opened(
-    source: str | BinaryIO, video: str, max_pixels: int
+    source: str | BinaryIO, video: str, max_pixels: int, *, decode_ahead: bool = True
 ) -> Iterator[av.container.InputContainer]:
-    """The container, closed in the end. Raises: `probe`'s errors of opening."""
+    """The container, closed in the end.
+
+    Args:
+        decode_ahead: let FFmpeg decode some pictures to describe the streams; that costs as much
+            as decoding a large keyframe or two.
+    Raises:
+        as `probe`.
+    """
     _check_source(source, video)
     file: str | BinaryIO
     if isinstance(source, str):
@@ -334,6 +344,8 @@ def opened(
         "protocol_whitelist": protocols,
         "max_pixels": str(max_pixels),  # for the decoders FFmpeg opens while it looks at streams
     }
+    if not decode_ahead:
+        options["skip_frame"] = "all"
     try:
         container = av.open(
             file,

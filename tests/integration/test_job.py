@@ -162,6 +162,42 @@ def test_other_settings_redo_and_new_videos_add_only_their_shard(
     assert len(fb.read_table(str(tmp_path / "out"), "videos")) == 3
 
 
+def test_a_smaller_input_loses_nothing_that_is_finished(tmp_path: Path, local_ray: None) -> None:
+    mine = BoxCorpus(tmp_path / "in")
+    for seed, name in enumerate(("a.mp4", "b.mp4", "c.mp4")):
+        mine.add(name, num_frames=8, seed=seed)
+    out = tmp_path / "out"
+    words = mine.settings(out)  # two videos per shard
+    assert run_job(load_config(None, words)).exit_code == 0
+
+    report = run_job(load_config(None, [*words, "plan.limit=1"]))
+    assert not report.shards
+    with pytest.raises(ManifestError, match=r"would remove 1 finished videos.*'b\.mp4'"):
+        run_job(load_config(None, [*words, "plan.limit=1", "tracker.max_age=9"]))
+    assert len(fb.read_table(str(out), "videos")) == 3
+
+    (mine.folder / "b.mp4").unlink()
+    (mine.folder / "c.mp4").unlink()
+    assert not run_job(load_config(None, words)).shards
+    report = run_job(load_config(None, [*words, "plan.remove_missing=true"]))
+    assert [len(shard.outcomes) for shard in report.shards] == [1]
+    assert fb.read_table(str(out), "videos")["video_id"].tolist() == ["a.mp4"]
+    assert len(list((out / "tracks").rglob("*.parquet"))) == 1
+
+
+def test_boxes_may_lie_in_a_file_per_video(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("1,1,10,10,50,100,1,-1,-1,-1\n")
+    words = [
+        "hmr.weights=untrained",
+        "detector.name=boxes",
+        f"detector.path={tmp_path}/{{video_id}}.txt",
+    ]
+    before = model_card(load_config(None, words))
+    assert model_card(load_config(None, words)) == before
+    (tmp_path / "a.txt").write_text("1,1,10,10,50,101,1,-1,-1,-1\n")
+    assert model_card(load_config(None, words)).fingerprint != before.fingerprint
+
+
 def test_a_killed_driver_is_continued_not_repeated(
     first: tuple[Path, list[str]], corpus: BoxCorpus, tmp_path: Path
 ) -> None:
@@ -236,8 +272,12 @@ def test_a_second_driver_is_refused(corpus: BoxCorpus, tmp_path: Path) -> None:
         (["input=/nowhere/at/all"], ManifestError, "not found"),
         (["hmr.weights="], ConfigError, r"hmr\.weights"),
         (["hmr.weights=/no/such.ckpt"], CheckpointError, "no such file"),
-        (["hmr.body=/no/SMPL_NEUTRAL.pkl"], CheckpointError, "no such file"),
-        (["detector.path=/no/boxes.parquet"], CheckpointError, "no such file"),
+        (["hmr.body=/no/SMPL_NEUTRAL.pkl"], CheckpointError, "SMPL_NEUTRAL"),
+        (["hmr.size=huge"], ConfigError, "vit_h"),
+        (["tracker.n_init=9"], ConfigError, "1 to 7"),
+        (["detector.path=/no/boxes.parquet"], ConfigError, r"/no/boxes\.parquet"),
+        (["detector.path="], ConfigError, r"detector\.path"),
+        (["detector.name=yolo"], ConfigError, "transformers"),
     ],
 )
 def test_bad_input_stops_before_anything_is_written(

@@ -65,6 +65,7 @@ def test_weights_check_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_public_names_are_those_promised() -> None:
     assert set(fb.__all__) == {
+        "KEYPOINT_NAMES",
         "PhalpTracker",
         "__version__",
         "load_body",

@@ -32,7 +32,6 @@ QUICK = {
     "armwrestle_glitch_28fps.mp4",
     "variants/juggle_60fps.mp4",
     "variants/bedroom_vp9_altref.webm",
-    "variants/bedroom_h264_intrarefresh.mp4",
 }
 # Of other recordings than base_60f.mp4
 OWN_PICTURES = {"single_frame.mp4", "vfr_gap_20s.mp4"}
