@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
 
 from fourdh_batch.geometry import crop_square, expand_to_aspect
 from fourdh_batch.video.crops import MEAN_RGB, STD_RGB, crop_affine, crop_batch, crop_masks
+from tests.conftest import DATA
 
 
 def crop(image_bgr: np.ndarray, center: np.ndarray, size: np.ndarray, **how: bool) -> np.ndarray:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
 
 from fourdh_batch.geometry import (
     axis_angle_to_rotmat,
@@ -19,6 +18,7 @@ from fourdh_batch.geometry import (
     project_to_crop,
     rot6d_to_rotmat,
 )
+from tests.conftest import DATA
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import DATA
 from torch import Tensor, nn
 
 from fourdh_batch.models.build import PARTS, build_hmr2, expected_shapes
 from fourdh_batch.models.hmr2 import Hmr2
 from fourdh_batch.models.smpl import load_body
+from tests.conftest import DATA
 
 TOLERANCE = {
     "patch_tokens": 3e-5,

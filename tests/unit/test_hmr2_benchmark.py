@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO
+
+from tests.conftest import REPO
 
 SCRIPT = REPO / "tests" / "benchmark" / "gpu_hmr2.py"
 SECTIONS = {
