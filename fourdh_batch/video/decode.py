@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from math import prod
+from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, cast
 
@@ -307,8 +308,7 @@ class VideoReader:
         """Frames from `start` on, and before them the last good frame ahead of `start` if asked.
 
         Verified seek: decode from the last keyframe at or before the frame wanted; unless its
-        own picture comes first, go back to earlier keyframes and at last to the beginning. (A
-        recovery point gives its first picture later, and damage until then would not show.)
+        own picture comes first, go back to earlier keyframes and at last to the beginning.
         """
         if start >= self.info.num_frames:
             decoding = _Decoding(self._scan, self._max_pixels, self._on_packet)
@@ -574,7 +574,8 @@ class _Decoding:
         self.stopped: tuple[str, str] | None = None
         self._held: deque[tuple[int, av.VideoFrame]] = deque()
         self._released = -1  # last frame that went out
-        self._taken: int | None = None  # last frame held or out since the decoder started afresh
+        self._fresh_from = 0  # frame shown by the keyframe at which the decoder started afresh
+        self._taken: int | None = None  # last frame held since then
         self._next_frame = 0  # expected from the decoder
         self._skip_to = int(scan.key_packet[0])  # packets before it are not decoded
         self._damage: _Loss | None = None  # the last one met
@@ -682,13 +683,16 @@ class _Decoding:
                 self._taken = index
 
     def _lose_skipped(self, index: int, fed: int) -> list[av.VideoFrame]:
-        """Frames between the last and this one did not come out: their packets are bad."""
-        if self._taken is None or self._scan.info.codec not in _EVERY_PACKET_SHOWS:
+        """Frames that should have come out before this one did not: their packets are bad."""
+        packet = self._scan.packet
+        if self._taken is None or self._taken < self._fresh_from:
+            if self._fresh_from == 0 or index <= self._fresh_from:
+                return []
+            return self._lose(int(packet[self._fresh_from]), fed, "its picture did not come first")
+        if self._scan.info.codec not in _EVERY_PACKET_SHOWS:
             return []
         skipped = [i for i in range(self._taken + 1, index) if not self._is_lost(i)]
-        if not skipped:
-            return []
-        return self._lose(int(self._scan.packet[skipped].min()), fed, _NO_PICTURE[1])
+        return self._lose(int(packet[skipped].min()), fed, _NO_PICTURE[1]) if skipped else []
 
     def _index(self, native: av.VideoFrame) -> int | None:
         """Frame index of a decoded picture; None for one that is not shown."""
@@ -756,7 +760,7 @@ class _Decoding:
             return []
         self._skip_to = resume
         inside = self._drain()
-        self._next_frame, self._taken = good_from, None
+        self._next_frame, self._fresh_from, self._taken = good_from, good_from, None
         return [] if scan.order_is_truth else inside
 
     def _drain(self) -> list[av.VideoFrame]:
@@ -783,7 +787,7 @@ def _read_by_decord(
 ) -> FrameChunk:
     """Frames [start, stop) by decord, opened, asked once and closed."""
     video = video_id or name_of(source)
-    reason = _why_not_decord(source, scan, stop - start) or _odd_keyframe(source, scan)
+    reason = _why_not_decord(source, scan, stop - start)
     if reason:
         raise DecoderRefusedError(
             f"decord would be wrong or hang here: {reason}; use decoder 'auto'", video=video
@@ -791,7 +795,8 @@ def _read_by_decord(
     import decord  # loads FFmpeg libraries of its own; most processes never need them
 
     try:
-        reader = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
+        path = str(Path(str(source)).absolute())  # its FFmpeg would take "concat:a" for a protocol
+        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
         if len(reader) != scan.info.num_frames:
             raise DecoderRefusedError(
                 f"expected {scan.info.num_frames} frames, decord counts {len(reader)}", video=video
@@ -823,6 +828,7 @@ def _why_not_decord(source: str | BinaryIO, scan: Scan, num_frames: int) -> str:
         "no duration in the header": info.duration_s is None,
         "an edit list cuts frames away": scan.has_discards,
         "times do not order the frames": not scan.seekable,
+        "keyframes that refer to pictures before them": not scan.has_true_keys,
         f"the header counts {info.num_frames_declared} frames, the scan {info.num_frames}": (
             info.num_frames_declared not in (None, info.num_frames)
         ),
@@ -830,41 +836,3 @@ def _why_not_decord(source: str | BinaryIO, scan: Scan, num_frames: int) -> str:
     }
     reasons = [reason for reason, applies in refusals.items() if applies]
     return ", ".join(reasons)
-
-
-def _odd_keyframe(source: str | BinaryIO, scan: Scan) -> str:
-    """Whether a flagged keyframe of H.264 or HEVC is one that refers to pictures before it.
-
-    Such keyframes (recovery points, open groups) give no clean picture to a decoder that starts
-    there; decord does not notice.
-    """
-    is_hevc = scan.info.codec == "hevc"
-    if scan.info.codec not in ("h264", "hevc"):
-        return ""
-    with opened(source, "", _NEVER) as container:
-        stream = container.streams[scan.stream_index]
-        extradata = stream.codec_context.extradata or b""
-        # avcC and hvcC say how many bytes give a unit's length; MPEG-TS has start codes instead
-        length_at = 21 if is_hevc else 4
-        has_lengths = len(extradata) > length_at and extradata[0] == 1
-        length_bytes = (extradata[length_at] & 3) + 1 if has_lengths else 0
-        with closing(container.demux(stream)) as packets:
-            for number, packet in enumerate(packets_with_data(packets, None)):
-                if packet.is_keyframe:
-                    heads = _unit_heads(bytes(packet), length_bytes)
-                    kinds = {head >> 1 & 63 if is_hevc else head & 31 for head in heads}
-                    if not kinds & ({19, 20} if is_hevc else {5}):  # IDR
-                        return f"packet {number} is not a true keyframe"
-    return ""
-
-
-def _unit_heads(data: bytes, length_bytes: int) -> Iterator[int]:
-    """First byte of every unit (NAL) of an H.264 or HEVC packet."""
-    if not length_bytes:
-        for unit in data.split(b"\0\0\1")[1:]:
-            yield unit[0]
-        return
-    at = 0
-    while at + length_bytes < len(data):
-        yield data[at + length_bytes]
-        at += length_bytes + int.from_bytes(data[at : at + length_bytes])

@@ -66,6 +66,7 @@ STALL_TIMEOUT_S = 60.0
 _POLLS_PER_TIMEOUT = 8  # how often a waiting caller looks at the counter
 _EXIT_TIMEOUT_S = 5.0  # for a child that has said all it had to say
 _MAX_HEADER_BYTES = 65536
+_MAX_FREED = 1000  # blocks named in one message
 
 # Before numpy: its linear algebra would start threads and reserve address space for each
 _CHILD = (
@@ -289,7 +290,8 @@ class _Child:
 
     def allow(self, num_chunks: int) -> None:
         """Let the child make so many more chunks, in these blocks among others."""
-        freed = [self._freed.popleft() for _ in range(len(self._freed))]
+        num_freed = min(len(self._freed), _MAX_FREED)
+        freed = [self._freed.popleft() for _ in range(num_freed)]
         try:
             for _ in range(num_chunks):
                 self._socket.send(json.dumps(freed).encode())

@@ -22,6 +22,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from errno import EACCES
 from fractions import Fraction
 from pathlib import Path
@@ -83,9 +84,11 @@ class Scan:
         stream_index: the stream read.
         pts: (F,) times of the frames shown, not decreasing, in ticks.
         packet: (F,) number of each frame's packet.
-        key_packet: (K,) numbers of the packets where decoding can begin; at least one.
+        key_packet: (K,) numbers of the packets where decoding can begin; at least one. Keyframes
+            of which the first picture is not good are left out.
         key_frame: (K,) frame shown by each of them (the next one where it is not shown).
         key_pts: (K,) their times; `NO_TIME` where there is none.
+        has_true_keys: no keyframe has pictures around it that refer across it.
         reorder_frames: a frame's references come out at most this many frames after it.
         coded_size_wh: as the decoder has it.
         order_is_truth: times cannot tell which frame came out of the decoder, only order can.
@@ -102,6 +105,7 @@ class Scan:
     key_packet: I64
     key_frame: I64
     key_pts: I64
+    has_true_keys: bool
     reorder_frames: int
     coded_size_wh: tuple[int, int]
     order_is_truth: bool
@@ -124,7 +128,8 @@ def scan_video(
 ) -> Scan:
     """Read all packets and decode the first frame. Raises: as `probe`."""
     video = video_id or name_of(source)
-    pts, dts, keys = array("q"), array("q"), array("q")
+    pts, dts, flagged, keys = array("q"), array("q"), array("q"), array("q")
+    has_true_keys = True
     discarded, hidden = bytearray(), bytearray()
     ends: dict[int, int] = {}  # stream: where its last packet ends, in its ticks
     failures: list[str] = []
@@ -145,14 +150,18 @@ def scan_video(
                 if packet.stream_index != stream.index:
                     continue
                 if packet.is_keyframe:
-                    keys.append(len(pts))
+                    flagged.append(len(pts))
+                    kind = _kind_of_key(packet, codec)
+                    has_true_keys = has_true_keys and kind is _Key.TRUE
+                    if kind is not _Key.RECOVERY:
+                        keys.append(len(pts))
                 pts.append(NO_TIME if packet.pts is None else packet.pts)
                 dts.append(NO_TIME if packet.dts is None else packet.dts)
                 discarded.append(packet.is_discard)
                 # A VP8 packet may hold a reference that is never shown: bit 4 is show_frame
                 hidden.append(packet.is_discard or (is_vp8 and not memoryview(packet)[0] & 16))
                 last_is_corrupt = packet.is_corrupt
-                if keys and not first and num_decoded < FIRST_FRAME_PACKETS:
+                if flagged and not first and num_decoded < FIRST_FRAME_PACKETS:
                     num_decoded += 1
                     first = _decoded_or_none(codec, packet)
         if num_decoded and not first:
@@ -185,7 +194,7 @@ def scan_video(
                 f"different ones for {num_frames} frames, up to {reorder} frames out of order",
                 video=video,
             )
-        key_packet = np.frombuffer(keys or array("q", [0]), np.int64)
+        key_packet = np.frombuffer(keys or flagged[:1] or array("q", [0]), np.int64)
         key_pts = all_pts[key_packet]
         cut_away = all_pts[is_discarded]
         time_base = Fraction(stream.time_base)
@@ -203,7 +212,7 @@ def scan_video(
             rotation_deg=90 * turns,
             num_frames=num_frames,
             num_frames_declared=stream.frames or None,
-            num_keyframes=len(keys),
+            num_keyframes=len(flagged),
             fps=float((num_frames - 1) / span) if span > 0 else None,
             duration_s=_header_duration_s(container, stream),
             time_base=time_base,
@@ -220,6 +229,7 @@ def scan_video(
                 key_packet if order_is_truth else key_pts,
             ),
             key_pts=key_pts,
+            has_true_keys=has_true_keys,
             reorder_frames=reorder,
             coded_size_wh=(codec.width, codec.height),
             order_is_truth=order_is_truth,
@@ -228,6 +238,60 @@ def scan_video(
             has_discards=len(cut_away) > 0,
             ends_early=ends_early,
         )
+
+
+class _Key(Enum):
+    """What a packet flagged as key is for a decoder that starts there."""
+
+    TRUE = "nothing behind it refers to anything before it"
+    OPEN = "good from its own picture on; pictures shown before it are not"
+    RECOVERY = "good some pictures later; with B-frames FFmpeg misjudges when"
+
+
+def _kind_of_key(packet: av.Packet, codec: av.VideoCodecContext) -> _Key:
+    """By the units (NAL) of an H.264 or HEVC packet; keys of other codecs are true."""
+    name = codec.codec.canonical_name
+    if name not in ("h264", "hevc"):
+        return _Key.TRUE
+    units = list(_units(bytes(packet), codec.extradata or b"", 21 if name == "hevc" else 4))
+    if name == "hevc":
+        idr = {19, 20}
+        return _Key.TRUE if any(u[0] >> 1 & 63 in idr for u in units) else _Key.OPEN
+    if any(unit[0] & 31 == 5 for unit in units):  # IDR
+        return _Key.TRUE
+    is_late = any(unit[0] & 31 == 6 and _recovers_later(unit) for unit in units)
+    return _Key.RECOVERY if is_late else _Key.OPEN
+
+
+def _units(data: bytes, extradata: bytes, length_at: int) -> Iterator[bytes]:
+    """Units of a packet: behind their lengths where avcC or hvcC says so, else start codes."""
+    if len(extradata) <= length_at or extradata[0] != 1:
+        yield from (unit for unit in data.split(b"\0\0\1")[1:] if unit)
+        return
+    num_bytes, at = (extradata[length_at] & 3) + 1, 0
+    while at + num_bytes < len(data):
+        begin = at + num_bytes
+        at = begin + int.from_bytes(data[at:begin])
+        if at == begin:  # not what an encoder writes
+            return
+        yield data[begin:at]
+
+
+def _recovers_later(unit: bytes) -> bool:
+    """Whether supplemental information (H.264 annex D) names a recovery point frames away."""
+    at = 1
+    while at + 2 < len(unit):
+        kind, size = 0, 0
+        while unit[at] == 255 and at + 2 < len(unit):
+            kind, at = kind + 255, at + 1
+        kind, at = kind + unit[at], at + 1
+        while unit[at] == 255 and at + 1 < len(unit):
+            size, at = size + 255, at + 1
+        size, at = size + unit[at], at + 1
+        if kind == 6 and at < len(unit):  # recovery point: its count is zero if bit one is set
+            return not unit[at] & 0x80
+        at += size
+    return False
 
 
 def _nothing_shown(pts: I64, ends_early: tuple[str, str] | None, video: str) -> VideoError:
