@@ -537,6 +537,9 @@ def fingerprint_file(uri: str) -> tuple[int, str]:
                 checksum = str(checksum).strip('"')
                 digest.update(f"{size} {checksum}".encode())
                 return size, digest.hexdigest()
+        elif local_path(uri).exists() and not local_path(uri).is_file():
+            # Opening a pipe would wait for ever.
+            raise IsADirectoryError(errno.EISDIR, "not a regular file", uri)
         with open_read(uri) as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(f"{size} ".encode())
@@ -576,13 +579,16 @@ def list_files(uri: str, extensions: Sequence[str]) -> list[tuple[str, str, int]
             return found
         endings = tuple(extensions)
         return sorted(
-            item
-            for item in found
-            if item[0].lower().endswith(endings)
-            and not any(part.startswith(".") for part in item[0].split("/"))
+            item for item in found if item[0].lower().endswith(endings) and not _is_hidden(item[0])
         )
 
     return _retry(f"list {redact_uri(uri)}", list_once, MAX_ATTEMPTS, BACKOFF_S)
+
+
+def _is_hidden(relative: str) -> bool:
+    """Below a hidden folder, or a macOS shadow file; other names may begin with a dot."""
+    *folders, name = relative.split("/")
+    return name.startswith("._") or any(folder.startswith(".") for folder in folders)
 
 
 def _list_local(path: Path) -> list[tuple[str, str, int]]:
@@ -618,12 +624,20 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> list[tuple[P
         with os.scandir(folder) as entries:
             for entry in entries:
                 path = folder / entry.name
-                if entry.is_dir():
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:  # a link to itself: listed, and found unreadable later
+                    is_folder = False
+                if is_folder:
                     found += _walk(path, (*above, here))
                 else:
                     found.append((path, _size(path)))
     except FileNotFoundError:  # removed meanwhile
         pass
+    except PermissionError as error:
+        if not above:
+            raise
+        logger.warning("folder %s is left out: %s", folder, error.strerror)
     return found
 
 

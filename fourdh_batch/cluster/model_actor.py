@@ -22,7 +22,7 @@ from fourdh_batch.cluster.decoding import DecoderStarted, decode_video
 from fourdh_batch.config import JobConfig
 from fourdh_batch.errors import DecodeStalledError, FourdhError, VideoError, WorkerDiedError
 from fourdh_batch.pipeline.engine import Engine, build_engine
-from fourdh_batch.pipeline.plan import Video
+from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.records import ChunkResult
 from fourdh_batch.pipeline.shard import VideoOutcome
 from fourdh_batch.types import DecodeSummary, FrameChunk
@@ -73,14 +73,16 @@ class ModelWorker:
 
     def __init__(self, config: JobConfig) -> None:
         self._config = config
-        self._engine: SharedEngine | FourdhError
+        self._engine: SharedEngine | Exception
         try:
             self._engine = SharedEngine(build_engine(config))
-        except FourdhError as error:
+        except Exception as error:  # noqa: BLE001
             # Raised by the first call instead: an error of a constructor loses its type in Ray.
             self._engine = error
 
-    def process(self, video: Video, unit: str, tracker: Any, journal: Any) -> VideoOutcome:
+    def process(
+        self, shard: Shard, video: Video, unit: str, tracker: Any, journal: Any
+    ) -> VideoOutcome:
         """One video from file to finished rows.
 
         Raises:
@@ -88,8 +90,9 @@ class ModelWorker:
             RayError: its tracker died.
             FourdhError: what the models or the store raised.
         """
-        if isinstance(self._engine, FourdhError):
+        if isinstance(self._engine, Exception):
             raise self._engine
+        ray.get(tracker.begin.remote(unit, shard, video))
         unacknowledged: deque[Any] = deque()
         num_frames = 0
         summary: DecodeSummary | None = None
@@ -103,7 +106,10 @@ class ModelWorker:
                 if isinstance(item, DecodeSummary):
                     summary = item
                     break
-                result = self._engine.run(item)
+                try:
+                    result = self._engine.run(item)
+                except VideoError as error:  # e.g. impossible given boxes
+                    return ray.get(tracker.fail.remote(unit, error))  # type: ignore[no-any-return]
                 num_frames += item.num_frames
                 unacknowledged.append(tracker.add.remote(unit, result))
                 if len(unacknowledged) > self._config.cluster.chunks_ahead:

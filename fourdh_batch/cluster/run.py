@@ -20,6 +20,8 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 import time
 import uuid
 from collections import deque
@@ -80,11 +82,12 @@ from fourdh_batch.tables.writer import VideoSpool, discard_work
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+PROGRESS_S = 0.5
 STARVING_S = 60.0  # without a running unit for so long, say what is lacking
 STORAGE_ATTEMPTS = 3
 FREE_RETRIES = 3  # then even an innocent-looking unit is a suspect
-MAX_LANE_STARTS_WITHOUT_WORK = 3
-MAX_UNEXPECTED_ERRORS_WITHOUT_SUCCESS = 5
+MAX_DEATHS_WITHOUT_WORK = 3
+MAX_UNEXPECTED_ERRORS_IN_A_ROW = 5
 NODE_DIED = "its node has died"  # Ray's words in an ActorDiedError; pinned by a test
 
 
@@ -324,10 +327,9 @@ class _Scheduler:
         self._publishing: dict[Any, tuple[Shard, int]] = {}
         self._frames_before = 0
         self._lease_renewed = time.monotonic()
-        self._lane_starts_without_work = 0
-        self._last_death = ""
+        self._last_progress = 0.0
+        self._deaths_without_work = 0
         self._unexpected: set[str] = set()  # videos that met an error of our own code
-        self._num_succeeded = 0
         self._last_seen_running = time.monotonic()
 
     def run(self, shards: Sequence[Shard]) -> None:
@@ -352,7 +354,10 @@ class _Scheduler:
             if time.monotonic() - self._lease_renewed > LEASE_S / 3:
                 self._renew_lease()
                 self._lease_renewed = time.monotonic()
-            self._on_progress(self._progress())
+            if time.monotonic() - self._last_progress > PROGRESS_S:
+                self._last_progress = time.monotonic()
+                self._on_progress(self._progress())
+        self._on_progress(self._progress())
         for lane in self._lanes:
             self._kill(lane)
 
@@ -377,12 +382,6 @@ class _Scheduler:
         return min(room, wanted)
 
     def _start_lane(self) -> _Lane:
-        if self._lane_starts_without_work >= MAX_LANE_STARTS_WITHOUT_WORK:
-            raise FourdhError(
-                f"model processes died {self._lane_starts_without_work} times in a row before "
-                f"finishing anything; the last one said:\n{self._last_death}"
-            )
-        self._lane_starts_without_work += 1
         cluster = self._config.cluster
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         wants_gpu = has_gpu and not self._config.hmr.device.startswith("cpu")
@@ -399,11 +398,16 @@ class _Scheduler:
 
     def _dispatch(self) -> None:
         """Feed idle places; suspects wait for an empty lane."""
-        for lane in self._lanes:
+        suspects = any(unit.alone for unit in self._queue)
+        for number, lane in enumerate(self._lanes):
             while self._queue and not lane.is_reserved:
+                if suspects and number == 0 and lane.running:
+                    break  # this lane drains, so that a suspect gets it alone
                 if len(lane.running) >= self._config.cluster.units_per_actor:
                     break
-                unit = next((u for u in self._queue if not u.alone or not lane.running), None)
+                unit = next((u for u in self._queue if u.alone is not bool(lane.running)), None)
+                if unit is None and not lane.running:
+                    unit = self._queue[0]
                 if unit is None:
                     break
                 self._queue.remove(unit)
@@ -412,8 +416,9 @@ class _Scheduler:
                     load[index] += 1
                 index = load.index(min(load))
                 tracker = lane.trackers[index]
-                tracker.begin.remote(unit.key, unit.shard, unit.video)
-                ref = lane.model.process.remote(unit.video, unit.key, tracker, self._journal)
+                ref = lane.model.process.remote(
+                    unit.shard, unit.video, unit.key, tracker, self._journal
+                )
                 lane.running[ref] = (unit, index)
 
     def _collect(self) -> None:
@@ -436,8 +441,8 @@ class _Scheduler:
             if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
                 # The model process is gone, and with it all that it was working on.
                 lane.running[ref] = (unit, index)
-                self._last_death = str(error)
                 self._end_lane(lane, {u.key: error for u, _ in lane.running.values()})
+                self._count_death(error)
                 return
             had_begun = unit.key in ray.get(self._journal.snapshot.remote())
             self._journal.forget.remote(unit.key)
@@ -445,11 +450,14 @@ class _Scheduler:
                 lane.trackers[index] = self._start_tracker()
             else:
                 lane.trackers[index].drop.remote(unit.key)
+            if blame(error, had_begun=had_begun) is Blame.CODE:
+                # Perhaps it is this process that is broken: the next attempt gets a new one.
+                self._end_lane(lane, {})
             self._judge(unit, error, had_begun)
             return
         self._journal.forget.remote(unit.key)
-        self._lane_starts_without_work = 0
-        self._num_succeeded += 1
+        self._deaths_without_work = 0
+        self._unexpected.clear()
         self._done(unit, outcome)
 
     def _judge(self, unit: _Unit, error: Exception, had_begun: bool) -> None:
@@ -474,12 +482,12 @@ class _Scheduler:
             raise _cause(error)
         if verdict is not Blame.NOBODY:
             unit.attempts += 1
-        if verdict is Blame.CODE and not self._num_succeeded:
+        if verdict is Blame.CODE:
             self._unexpected.add(f"{unit.shard.shard_id}/{unit.video.video_id}")
-            if len(self._unexpected) >= MAX_UNEXPECTED_ERRORS_WITHOUT_SUCCESS:
+            if len(self._unexpected) >= MAX_UNEXPECTED_ERRORS_IN_A_ROW:
                 raise FourdhError(
-                    f"stopped: {len(self._unexpected)} videos met an unexpected error and none "
-                    f"succeeded; the last one was\n{error}"
+                    f"stopped: {len(self._unexpected)} videos in a row met an unexpected "
+                    f"error; the last one was\n{error}"
                 ) from error
         if verdict is Blame.STORAGE and unit.attempts >= STORAGE_ATTEMPTS:
             self._fail_shard(unit.shard, str(_cause(error)))
@@ -572,6 +580,14 @@ class _Scheduler:
             if errors:
                 self._end_lane(lane, errors)
 
+    def _count_death(self, error: BaseException) -> None:
+        self._deaths_without_work += 1
+        if self._deaths_without_work >= MAX_DEATHS_WITHOUT_WORK:
+            raise FourdhError(
+                f"model processes died {self._deaths_without_work} times in a row before "
+                f"finishing anything; the last one said:\n{error}"
+            )
+
     def _say_what_is_lacking(self) -> None:
         now = time.monotonic()
         if self._publishing or ray.get(self._journal.snapshot.remote()):
@@ -642,6 +658,7 @@ def _ray(config: JobConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    on_terminate = signal.getsignal(signal.SIGTERM)
     cluster = config.cluster
     local = cluster.address == "local" or (
         cluster.address == "auto" and "RAY_ADDRESS" not in os.environ
@@ -661,6 +678,8 @@ def _ray(config: JobConfig) -> Iterator[None]:
     else:
         address = None if cluster.address == "auto" else cluster.address
         ray.init(address=address, logging_level=logging.WARNING)
+    if on_terminate is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in the place
     try:
         yield
     finally:

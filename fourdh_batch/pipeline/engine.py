@@ -175,8 +175,12 @@ def model_card(config: JobConfig) -> ModelCard:
         "weights": weights,
         "size": hmr.size,
         "precision": hmr.precision,
+        "device": hmr.device,
+        "batch_size": hmr.batch_size,
+        "cpu_threads": hmr.cpu_threads,
+        "max_megapixels": config.video.max_megapixels,
         "body": body.digest,
-        "detector": {**asdict(wanted), "path": detector, "batch_size": 0},
+        "detector": {**asdict(wanted), "path": detector},
         "shots": config.video.detect_shots,
         "tracker": asdict(config.tracker),
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ VIDEO_EXTENSIONS = (
 MANIFEST_EXTENSIONS = (".csv", ".jsonl", ".parquet")
 MAX_ID_LENGTH = 1024
 NUM_PROBE_THREADS = 16
+UNREADABLE = "unreadable"  # begins the fingerprint of a file that could not be read
 _MIB = 1 << 20
 
 T = TypeVar("T")
@@ -107,11 +109,11 @@ def read_corpus(source: str, *, limit: int = 0) -> list[Video]:
         video_id, uri = item
         try:
             num_bytes, fingerprint = fingerprint_file(uri)
-        except (FileNotFoundError, IsADirectoryError, PermissionError, StorageError) as error:
+        except (OSError, StorageError) as error:
             if from_manifest:
                 return f"{video_id}: {uri}: {type(error).__name__}"
             # A dangling link or unreadable file among good ones: its own row in `failures`.
-            return Video(video_id, uri, 0, f"unreadable-{type(error).__name__}")
+            return Video(video_id, uri, 0, f"{UNREADABLE}-{type(error).__name__}")
         return Video(video_id, uri, num_bytes, fingerprint)
 
     videos: list[Video] = []
@@ -198,7 +200,9 @@ def _read_manifest(source: str) -> Iterator[tuple[str, str]]:
         if source.lower().endswith(".parquet"):
             rows = pq.read_table(io.BytesIO(body)).to_pylist()
         elif source.lower().endswith(".jsonl"):
-            rows = [json.loads(line) for line in body.decode().splitlines() if line.strip()]
+            rows = [
+                json.loads(line) for line in body.decode("utf-8-sig").split("\n") if line.strip()
+            ]
         else:
             rows = list(csv.DictReader(io.StringIO(body.decode("utf-8-sig"))))
     except (ValueError, OSError) as error:  # undecodable text, broken JSON or Parquet
@@ -222,8 +226,8 @@ def _wrong_ids(ids: Sequence[str]) -> Iterator[str]:
     for video_id in ids:
         if not video_id.strip() or len(video_id) > MAX_ID_LENGTH:
             yield f"video_id {video_id!r:.80}: expected 1 to {MAX_ID_LENGTH} characters"
-        elif not video_id.isprintable():
-            yield f"video_id {video_id!r}: expected printable characters"
+        elif any(unicodedata.category(c) in ("Cc", "Cs") for c in video_id):
+            yield f"video_id {video_id!r}: expected no control characters, valid Unicode"
 
 
 def _in_threads(work: Callable[[tuple[str, str]], T], items: Sequence[tuple[str, str]]) -> list[T]:

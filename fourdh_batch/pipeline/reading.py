@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fourdh_batch.config import VideoConfig
-from fourdh_batch.errors import UndecodableError
-from fourdh_batch.pipeline.plan import Video
+from fourdh_batch.errors import StorageError
+from fourdh_batch.pipeline.plan import UNREADABLE, Video
 from fourdh_batch.storage import is_local, local_path, open_read, redact_uri
 from fourdh_batch.types import DecodeSummary, FrameChunk
 from fourdh_batch.video.decode import VideoReader
@@ -25,6 +25,7 @@ def read_chunks(video: Video, config: VideoConfig) -> Iterator[FrameChunk | Deco
         VideoError: nothing (more) can be read.
     """
     options = _reader_options(video, config)
+    _check_still_there(video)
     if is_local(video.uri):
         with VideoReader(str(local_path(video.uri)), **options) as reader:
             yield from reader.chunks(**_chunk_options(config))
@@ -42,6 +43,7 @@ def read_chunks_isolated(video: Video, config: VideoConfig) -> Iterator[FrameChu
         VideoError: also when the child dies or hands out nothing for too long.
     """
     options = {**_reader_options(video, config), **_chunk_options(config)}
+    _check_still_there(video)
     memory_limit_bytes = config.decoder_memory_mb * _MIB or None
     if is_local(video.uri):
         yield from decode_isolated(
@@ -68,11 +70,20 @@ def remote_chunks(
         yield from decode_chunks(allocate, on_packet, source=file, video_id=video_id, **options)
 
 
+def _check_still_there(video: Video) -> None:
+    """A file that was read when planning and is gone now is a fault of the store, not a video."""
+    gone = is_local(video.uri) and not local_path(video.uri).exists()
+    if gone and not video.fingerprint.startswith(UNREADABLE):
+        raise StorageError(f"video {video.video_id}: {video.uri} has gone since it was planned")
+
+
 def _open_remote(uri: str, video_id: str) -> Any:
     try:
         return open_read(uri)
     except FileNotFoundError as error:
-        raise UndecodableError(f"{redact_uri(uri)} is gone", video=video_id) from error
+        raise StorageError(
+            f"video {video_id}: {redact_uri(uri)} has gone since it was planned"
+        ) from error
 
 
 def _reader_options(video: Video, config: VideoConfig) -> dict[str, Any]:

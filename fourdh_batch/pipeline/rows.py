@@ -238,9 +238,13 @@ class RowBuilder:
         keypoints_3d_m = np.concatenate(
             [
                 detected.keypoints_3d_m,
-                self._keypoints(global_orient, body_pose, betas)
-                if num_predicted
-                else detected.keypoints_3d_m[:0],
+                # One at a time: in a batch the last bit would depend on the chunk.
+                *(
+                    self._keypoints(
+                        global_orient[k : k + 1], body_pose[k : k + 1], betas[k : k + 1]
+                    )
+                    for k in range(num_predicted)
+                ),
             ]
         )
         cam_t_m = np.concatenate(

@@ -89,7 +89,7 @@ def test_all_problems_of_a_manifest_are_listed_before_any_work(tmp_path: Path) -
     with pytest.raises(ManifestError) as caught:
         read_corpus(str(manifest))
     text = str(caught.value)
-    for part in ("'a' stands twice", "gone.mp4", "printable", "expected 1 to"):
+    for part in ("'a' stands twice", "gone.mp4", "control characters", "expected 1 to"):
         assert part in text
     bad = tmp_path / "bad.csv"
     bad.write_text("name,path\nx,y\n")
