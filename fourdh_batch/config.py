@@ -109,12 +109,28 @@ class TrackerConfig:
         gate: pairs that cost more are never matched.
         keep_predicted: write `state=predicted` rows for frames in which a track was missed
             between two detections.
+        texture_weights: the texture encoder, `hmar_v2_weights.pth` or the `.safetensors` that
+            `fourdh weights import` makes of it; `untrained` for seeded random weights; empty:
+            looks do not count.
+        atlas: folder of `bmap_256.npy` and `fmap_256.npy`; empty: the body's own atlas.
+        predictor_weights: the pose predictor as `.safetensors` of `fourdh weights import`;
+            `untrained` for seeded random weights; empty: a pose stays as last seen.
+        compat: number and predict exactly as the published tracker (docs/PHALP.md, section 15).
+        store_appearance: keep pose, shape, camera and a compact vector of the looks of every
+            reconstructed box in `detections`, so that `jobs/track.py` can track again.
+        device: `auto` (the GPU where the tracking process was given one), `cpu` or `cuda`.
     """
 
     max_age: int = 50
     n_init: int = 5
     gate: float = 100.0
     keep_predicted: bool = True
+    texture_weights: str = ""
+    atlas: str = ""
+    predictor_weights: str = ""
+    compat: bool = False
+    store_appearance: bool = False
+    device: str = "auto"
 
 
 @dataclass

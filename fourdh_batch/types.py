@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -299,6 +300,9 @@ class FrameDetections:
         score: (M,) float32.
         people: the M reconstructions.
         is_shot_start: the frame is the first of a new shot.
+        appearance: (M, ...) how the people look, as the tracker's texture term wants it: texture
+            maps (M, 4, 256, 256) uint8 (see `models/texture.py`) or compact vectors; None where
+            looks do not count.
     """
 
     frame_index: int
@@ -307,6 +311,7 @@ class FrameDetections:
     score: F32
     people: People
     is_shot_start: bool = False
+    appearance: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         m = len(self.people)
@@ -314,4 +319,9 @@ class FrameDetections:
             raise ValueError(
                 f"frame {self.frame_index}: expected {m} boxes and scores, "
                 f"got {self.bbox_xyxy_px.shape} and {self.score.shape}"
+            )
+        if self.appearance is not None and len(self.appearance) != m:
+            raise ValueError(
+                f"frame {self.frame_index}: expected the looks of {m} people, "
+                f"got {len(self.appearance)}"
             )

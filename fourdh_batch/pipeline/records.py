@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fourdh_batch.types import F64, I64, Detections, People
+from fourdh_batch.types import F64, I64, U8, Detections, People
 
 UNTRAINED = "untrained"
 """`hmr.weights` that mean seeded random weights, and what the tables then say."""
@@ -23,6 +23,10 @@ class ChunkResult:
         detections: all N boxes, also the dropped ones.
         drop_reason: (N,) text: empty where the box was kept, else ``low_score``, ``too_small``.
         people: the M kept boxes, reconstructed, in the order of `detections`.
+        texture: (M, 4, 256, 256) uint8 texture maps of the people (see `models/texture.py`) for
+            the tracker, which drops them; None where looks do not count.
+        appearance: (M, 256) float16 compact vectors of the same, kept in `detections` where asked
+            for (`tracker.store_appearance`); else None.
     """
 
     video_id: str
@@ -33,11 +37,17 @@ class ChunkResult:
     detections: Detections
     drop_reason: NDArray[np.str_]
     people: People
+    texture: U8 | None = None
+    appearance: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         kept = int(np.sum(self.drop_reason == ""))
         if kept != len(self.people):
             raise ValueError(f"video {self.video_id}: {kept} boxes kept, {len(self.people)} bodies")
+        for name in ("texture", "appearance"):
+            looks = getattr(self, name)
+            if looks is not None and len(looks) != kept:
+                raise ValueError(f"video {self.video_id}: {kept} boxes kept, {len(looks)} {name}s")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,23 @@
 """PHALP': one person, one identity, through a whole video, frame by frame.
 
 `PhalpTracker` follows people by where they are (location and depth), by their pose and, where it
-is handed a `TextureTerm`, by how they look. Nothing here knows of files or of several videos.
+is handed a `TextureTerm`, by how they look. Nothing here knows of files.
 
 It follows docs/PHALP.md, except where that advises to mend the reference
-(section 15): detections without a usable camera or with broken numbers never enter the
-association (Q5), a pair without a cost is refused (Q6), distances are taken directly (Q10), no
-track is confirmed before its detections allow it (Q15), the place and pose expected of a person
-who is out of sight are given instead of stale ones (Q16), and tracks born in the same frame are
-numbered by detection (Q28). Identities have gaps, as tentative tracks use them up (Q13).
+(section 15): every pose is predicted for its own time (Q1), detections without a usable camera or
+with broken numbers never enter the association (Q5), a pair without a cost is refused (Q6),
+distances are taken directly (Q10), no track is confirmed before its detections allow it (Q15), the
+place and pose expected of a person who is out of sight are given instead of stale ones (Q16), and
+tracks born in the same frame are numbered by detection (Q28). `TrackerSettings.compat` takes Q1
+and Q28 back, which is what equal numbers need. Identities have gaps, as tentative tracks use them
+up (Q13).
 
 Dimension letters: `K` tracks, `M` detections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -23,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fourdh_batch.geometry import phalp_camera
-from fourdh_batch.tracking.assign import assign
+from fourdh_batch.tracking.assign import Assignment, assign
 from fourdh_batch.tracking.cost import cost_terms, cost_without_texture, texture_factor
 from fourdh_batch.tracking.location import (
     HISTORY_LENGTH,
@@ -48,6 +50,7 @@ from fourdh_batch.types import (
 DEPTH_IN_POSE = 200.0  # a pose vector ends with (tx, ty, tz / 200) (section 2.5)
 # No picture comes near it; larger numbers are garbage and could overflow further down.
 MAX_MAGNITUDE = 1e6
+TEXTURE_STATE = "texture."  # prefix of what the texture term remembers, in a tracker's state
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,8 @@ class TrackerSettings:
         n_init: detections in a row that confirm a track, at most `HISTORY_LENGTH` (section 10).
         max_age: frames that a confirmed track survives unseen; it can be matched in the frame
             after them (max_age_track, section 10).
-        compat: number tracks born in the same frame as the reference does (section 15, Q28).
+        compat: read predicted poses at the times at which the reference does, and number tracks
+            born in the same frame as it does (section 15, Q1, Q2, Q28).
     """
 
     gate: float = 100.0
@@ -79,13 +83,14 @@ class TrackerSettings:
 class PosePredictor(Protocol):
     """Tells the pose of tracks at a later frame from the poses they had."""
 
-    def __call__(self, pose: F32, frame_index: I64, target_frame: I64) -> F32:
+    def __call__(self, pose: F32, frame_index: I64, slot: I64) -> F32:
         """Predict K tracks at once.
 
         Args:
             pose: (K, HISTORY_LENGTH, 229) remembered pose vectors, oldest first.
             frame_index: (K, HISTORY_LENGTH) their frames.
-            target_frame: (K,) frame to predict.
+            slot: (K,) frame to predict, counted from the first remembered one (frame_index[:, 0]);
+                may lie beyond what the predictor can express, which then takes its last slot.
 
         Returns:
             (K, 229) pose vectors.
@@ -109,6 +114,12 @@ class TextureTerm(Protocol):
 
     def reset(self) -> None:
         """Forget all tracks."""
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything remembered, as plain arrays."""
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what `state` gave."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,6 +219,7 @@ class PhalpTracker:
         self._tracks = Tracks.none()
         self._next_id = 1
         self._last_frame: int | None = None
+        self._unseen_slot = 0
         if self._texture is not None:
             self._texture.reset()
 
@@ -224,20 +236,10 @@ class PhalpTracker:
 
     def predict(self, frame_index: int) -> Prediction:
         """What is expected of the live tracks at a frame after the last one; changes nothing."""
-        tracks = self._tracks
-        location = predict_location(tracks.location, tracks.frame_index, frame_index)
-        pose = tracks.pose[:, -1].copy()
-        fresh = np.flatnonzero(tracks.hits == 1)
-        copied = copied_location(tracks.location[fresh, -1])
-        location.location[fresh] = copied.location
-        location.spread[fresh] = copied.spread
-        moving = np.flatnonzero(tracks.hits > 1)
-        if self._pose_predictor is not None and len(moving):
-            target = np.full(len(moving), frame_index, np.int64)
-            pose[moving] = self._pose_predictor(
-                tracks.pose[moving], tracks.frame_index[moving], target
-            )
-        return Prediction(tracks.track_id, location, pose)
+        tracks, moving = self._tracks, self._moving()
+        if self._pose_predictor is None or not len(moving):
+            return self._expect(frame_index, tracks.pose[moving, -1])
+        return self._expect(frame_index, self._pose_predictor(*self._question(frame_index, moving)))
 
     def update(self, frame: FrameDetections) -> TrackedFrame:
         """Associate one frame.
@@ -245,15 +247,50 @@ class PhalpTracker:
         Raises:
             ValueError: the frame does not come after the one before.
         """
-        now = frame.frame_index
-        if self._last_frame is not None and now <= self._last_frame:
-            raise ValueError(f"frame {now}: expected a frame after {self._last_frame}")
-        self._last_frame = now
-        n_init, max_age = self.settings.n_init, self.settings.max_age
+        return update_together([self], [frame])[0]
 
+    def _begin(self, frame_index: int) -> DetectionRefs:
+        """A new frame has come; gives back the detections of tentative tracks that end here."""
+        if self._last_frame is not None and frame_index <= self._last_frame:
+            raise ValueError(f"frame {frame_index}: expected a frame after {self._last_frame}")
         # Only lost frames make a track older than this before it had its last chance.
-        gone = now - self._tracks.last_seen > max_age + 1
-        discarded = [self._drop(gone)]
+        return self._drop(frame_index - self._tracks.last_seen > self.settings.max_age + 1)
+
+    def _moving(self) -> I64:
+        """Rows of the tracks of which more than a single detection is known."""
+        return np.flatnonzero(self._tracks.hits > 1)
+
+    def _question(self, frame_index: int, moving: I64) -> tuple[F32, I64, I64]:
+        """What the pose predictor is asked for the tracks at these rows (section 5.5)."""
+        tracks = self._tracks
+        history = tracks.frame_index[moving]
+        slot = frame_index - history[:, 0]
+        if self.settings.compat and len(moving):
+            # The reference reads all tracks seen in the last frame at the slot of the first of
+            # them, and all others at that of the first unseen one.
+            is_seen = tracks.last_seen[moving] == self._last_frame
+            first = int(np.argmax(is_seen))
+            slot = np.where(is_seen, history[first, -1] - history[first, 0] + 1, self._unseen_slot)
+        return tracks.pose[moving], history, slot
+
+    def _expect(self, frame_index: int, predicted_pose: F32) -> Prediction:
+        """Locations and poses of all live tracks; the poses of those that move are given."""
+        tracks = self._tracks
+        location = predict_location(tracks.location, tracks.frame_index, frame_index)
+        fresh = np.flatnonzero(tracks.hits == 1)
+        copied = copied_location(tracks.location[fresh, -1])
+        location.location[fresh] = copied.location
+        location.spread[fresh] = copied.spread
+        pose = tracks.pose[:, -1].copy()
+        pose[self._moving()] = predicted_pose
+        return Prediction(tracks.track_id, location, pose)
+
+    def _follow(
+        self, frame: FrameDetections, prediction: Prediction, discarded: DetectionRefs
+    ) -> TrackedFrame:
+        """Associate a frame of which `prediction` says what is expected."""
+        now = self._last_frame = frame.frame_index
+        n_init, max_age = self.settings.n_init, self.settings.max_age
 
         row = np.flatnonzero(_usable(frame))
         people = frame.people.take(row)
@@ -263,10 +300,7 @@ class PhalpTracker:
         location, pose = locate(camera), _pose_vectors(people, camera)
         bbox = frame.bbox_xyxy_px[row]
 
-        prediction = self.predict(now)
-        cost = self._cost(frame, prediction, row, location, pose)
-        match = assign(cost, self.settings.gate, solver_order=self.settings.compat)
-
+        match = self._associate(frame, prediction, row, location, pose)
         seen, by, new = match.track, match.detection, match.unmatched_detection
         tracks = self._tracks
         tracks.observe(
@@ -277,8 +311,14 @@ class PhalpTracker:
         detection_track_id[row[by]] = tracks.track_id[seen]
 
         unseen_for = now - tracks.last_seen
+        if self.settings.compat and len(seen) < len(tracks):
+            # In the order in which the reference walks through them (section 15, Q2), and with
+            # those that end now (Q23).
+            first = next(iter(set(range(len(tracks))) - set(seen.tolist())))
+            span = tracks.last_seen[first] - tracks.frame_index[first, 0]
+            self._unseen_slot = int(span + unseen_for[first] + 1)
         ended = (unseen_for > 0) & ((tracks.hits < n_init) | (unseen_for > max_age))
-        discarded.append(self._drop(ended))
+        discarded = DetectionRefs.join([discarded, self._drop(ended)])
         prediction = prediction.take(~ended)
 
         born = np.arange(self._next_id, self._next_id + len(new))
@@ -289,9 +329,7 @@ class PhalpTracker:
         )
         if self._texture is not None:
             self._texture.observe(frame, detection_track_id, self._tracks.track_id)
-        return self._report(
-            frame, prediction, backfill, DetectionRefs.join(discarded), detection_track_id
-        )
+        return self._report(frame, prediction, backfill, discarded, detection_track_id)
 
     def _drop(self, ended: Bool) -> DetectionRefs:
         """End tracks; gives back the detections of those that were tentative."""
@@ -301,22 +339,41 @@ class PhalpTracker:
             self._tracks = self._tracks.take(~ended)
         return refs
 
-    def _cost(
+    def _associate(
         self, frame: FrameDetections, prediction: Prediction, row: I64, location: F64, pose: F32
-    ) -> F64:
-        """(K, M) cost; `row` are the rows of the detections in the frame."""
+    ) -> Assignment:
+        """The cheapest assignment; `row` are the rows of the detections in the frame.
+
+        Looks are compared only where the assignment depends on them. Texture can only add to a
+        cost, so an assignment that is cheapest while some costs are still too low, but whose own
+        are all complete, is cheapest (section 17.7).
+        """
+        gate, solver_order = self.settings.gate, self.settings.compat
         cost = cost_without_texture(
             cost_terms(prediction.location, prediction.pose, location, pose)
         )
-        if self._texture is not None:
-            # Texture only adds to the cost: what is refused without it stays refused.
-            track, detection = np.nonzero(cost <= self.settings.gate)
-            if len(track):
-                distance = self._texture.distances(
-                    frame, prediction.track_id[track], row[detection]
-                )
-                cost[track, detection] *= texture_factor(distance)
-        return cost
+        if self._texture is None:
+            return assign(cost, gate, solver_order=solver_order)
+
+        is_open = cost <= gate  # pairs whose cost lacks its texture and may need it
+        track_id, texture = prediction.track_id, self._texture
+
+        def complete(track: I64, detection: I64) -> None:
+            distance = texture.distances(frame, track_id[track], row[detection])
+            cost[track, detection] *= texture_factor(distance)
+            is_open[track, detection] = False
+
+        while True:
+            match = assign(cost, gate, solver_order=solver_order)
+            needed = is_open[match.track, match.detection]
+            if needed.any():
+                complete(match.track[needed], match.detection[needed])
+            elif solver_order and len(match.unmatched_detection) > 1 and is_open.any():
+                # Which refused pairs the solver fills in, and so the order of new tracks, depends
+                # on the whole matrix (section 15, Q28).
+                complete(*np.nonzero(is_open))
+            else:
+                return match
 
     def _report(
         self,
@@ -359,12 +416,15 @@ class PhalpTracker:
         )
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Everything remembered, but for what the texture term keeps, as plain arrays."""
+        """Everything remembered, as plain arrays."""
         last_frame = [] if self._last_frame is None else [self._last_frame]
+        texture = {} if self._texture is None else self._texture.state()
         return {
             **{field.name: getattr(self._tracks, field.name).copy() for field in fields(Tracks)},
             "next_id": np.array(self._next_id, np.int64),
             "last_frame": np.array(last_frame, np.int64),
+            "unseen_slot": np.array(self._unseen_slot, np.int64),
+            **{f"{TEXTURE_STATE}{name}": values for name, values in texture.items()},
         }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -374,12 +434,47 @@ class PhalpTracker:
             ValueError: an array is missing, or there is one too many.
         """
         names = {field.name for field in fields(Tracks)}
-        expected = names | {"next_id", "last_frame"}
-        if set(state) != expected:
+        expected = names | {"next_id", "last_frame", "unseen_slot"}
+        texture = {name for name in state if name.startswith(TEXTURE_STATE)}
+        if set(state) - texture != expected or bool(texture) > (self._texture is not None):
             raise ValueError(f"tracker state: expected {sorted(expected)}, got {sorted(state)}")
         self._tracks = Tracks(**{name: state[name].copy() for name in names})
         self._next_id = int(state["next_id"])
         self._last_frame = int(state["last_frame"][0]) if len(state["last_frame"]) else None
+        self._unseen_slot = int(state["unseen_slot"])
+        if self._texture is not None:
+            self._texture.restore({n.removeprefix(TEXTURE_STATE): state[n] for n in texture})
+
+
+def update_together(
+    trackers: Sequence[PhalpTracker], frames: Sequence[FrameDetections]
+) -> list[TrackedFrame]:
+    """Associate one frame of each of several videos, with a single call of the pose predictor.
+
+    Args:
+        trackers: one per video; all were handed the same pose predictor.
+        frames: the next frame of each.
+
+    Raises:
+        ValueError: a frame does not come after the one before.
+    """
+    discarded = [t._begin(f.frame_index) for t, f in zip(trackers, frames, strict=True)]
+    moving = [tracker._moving() for tracker in trackers]
+    ends = np.cumsum([len(rows) for rows in moving])[:-1]
+    predictor = trackers[0]._pose_predictor if trackers else None
+    if predictor is None or not sum(map(len, moving)):
+        poses = [t._tracks.pose[rows, -1] for t, rows in zip(trackers, moving, strict=True)]
+    else:
+        questions = [
+            tracker._question(frame.frame_index, rows)
+            for tracker, frame, rows in zip(trackers, frames, moving, strict=True)
+        ]
+        pose, history, slot = (np.concatenate(parts) for parts in zip(*questions, strict=True))
+        poses = np.split(predictor(pose, history, slot), ends)
+    return [
+        tracker._follow(frame, tracker._expect(frame.frame_index, pose), refs)
+        for tracker, frame, pose, refs in zip(trackers, frames, poses, discarded, strict=True)
+    ]
 
 
 def _usable(frame: FrameDetections) -> Bool:

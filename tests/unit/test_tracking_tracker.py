@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -257,7 +258,7 @@ def test_q5_a_detection_that_cannot_be_compared_never_enters_the_association(nam
 
 
 def test_q6_a_track_without_a_prediction_attracts_nobody() -> None:
-    def unsure(pose: F32, frame_index: I64, target_frame: I64) -> F32:
+    def unsure(pose: F32, frame_index: I64, slot: I64) -> F32:
         return np.full((len(pose), 229), np.nan, np.float32)
 
     frames = run(PhalpTracker(pose_predictor=unsure), *[[box(300)]] * 3)
@@ -310,6 +311,15 @@ class Labels:
 
     def reset(self) -> None:
         self.look.clear()
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {
+            "track_id": np.array(list(self.look), np.int64),
+            "look": np.array(list(self.look.values())),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        self.look = dict(zip(state["track_id"].tolist(), state["look"].tolist(), strict=True))
 
     @staticmethod
     def _looks(frame: FrameDetections) -> F64:
@@ -368,7 +378,8 @@ def test_the_texture_term_is_asked_for_rows_of_the_frame_not_of_what_is_left_of_
 def test_the_predicted_pose_is_compared_and_shown_of_ghosts() -> None:
     calls: list[tuple[I64, I64, F32]] = []
 
-    def turning(pose: F32, frame_index: I64, target_frame: I64) -> F32:
+    def turning(pose: F32, frame_index: I64, slot: I64) -> F32:
+        target_frame = frame_index[:, 0] + slot
         calls.append((frame_index, target_frame, pose))
         predicted: F32 = pose[:, -1].copy()
         predicted[:, 216] = target_frame
