@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fourdh_batch.tracking.assign import Assignment, assign
+from fourdh_batch.tracking.cost import cost_terms, cost_without_texture, texture_factor
 from fourdh_batch.tracking.location import camera_of
 from fourdh_batch.tracking.track import DetectionRefs
-from fourdh_batch.tracking.tracker import PhalpTracker, TrackedFrame, TrackerSettings
-from fourdh_batch.types import FrameDetections
+from fourdh_batch.tracking.tracker import (
+    PhalpTracker,
+    Prediction,
+    TrackedFrame,
+    TrackerSettings,
+    update_together,
+)
+from fourdh_batch.types import F32, F64, I64, FrameDetections
 from tests.tracking_scenes import frame_of_boxes
 
 
@@ -220,3 +229,92 @@ def test_no_input_raises_or_gives_a_number_that_is_none(
             for name in ("bbox_xyxy_px", "camera", "betas"):
                 assert np.isfinite(getattr(tracked, name)).all()
         index += lost
+
+
+class Noise:
+    """Looks that are as good as random, but the same whenever they are asked for."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.num_asked = 0
+        self.asked: set[tuple[int, int, int]] = set()
+
+    def distances(self, frame: FrameDetections, track_id: I64, detection_row: I64) -> F64:
+        self.num_asked += len(track_id)
+        pairs = list(zip(track_id.tolist(), detection_row.tolist(), strict=True))
+        keys = {(frame.frame_index, *pair) for pair in pairs}
+        assert not keys & self.asked, "a pair was asked for twice"
+        self.asked |= keys
+        return self.scale * np.array(
+            [np.random.default_rng((frame.frame_index, *pair)).random() for pair in pairs]
+        )
+
+    def observe(self, frame: FrameDetections, track_id: I64, live_track_id: I64) -> None:
+        self.asked.clear()
+
+    def reset(self) -> None:
+        self.asked.clear()
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        pass
+
+
+class Eager(PhalpTracker):
+    """Compares the looks of every pair that is not refused anyway, before it assigns anything."""
+
+    def _associate(
+        self, frame: FrameDetections, prediction: Prediction, row: I64, location: F64, pose: F32
+    ) -> Assignment:
+        terms = cost_terms(prediction.location, prediction.pose, location, pose)
+        cost = cost_without_texture(terms)
+        track, detection = np.nonzero(cost <= self.settings.gate)
+        assert self._texture is not None
+        looks = self._texture.distances(frame, prediction.track_id[track], row[detection])
+        cost[track, detection] *= texture_factor(looks)
+        return assign(cost, self.settings.gate, solver_order=self.settings.compat)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scene=scenes,
+    compat=st.booleans(),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    gate=st.sampled_from([3.0, 100.0]),
+)
+def test_comparing_looks_only_where_it_matters_changes_nothing(
+    scene: Scene, compat: bool, scale: float, gate: float
+) -> None:
+    wanted = TrackerSettings(compat=compat, gate=gate)
+    lazy, eager = Noise(scale), Noise(scale)
+    a, b = PhalpTracker(wanted, texture=lazy), Eager(wanted, texture=eager)
+    for frame in scene.frames():
+        assert_equal(a.update(frame), b.update(frame))
+    assert lazy.num_asked <= eager.num_asked
+
+
+def drifting(pose: F32, frame_index: I64, slot: I64) -> F32:
+    """A pose predictor that depends on everything it is told."""
+    predicted: F32 = pose[:, -1] + 0.01 * pose.mean(1) * slot[:, None].astype(np.float32)
+    return predicted
+
+
+@settings(max_examples=25, deadline=None)
+@given(several=st.lists(scenes, min_size=1, max_size=4), compat=st.booleans())
+def test_videos_stepped_together_are_tracked_as_each_by_itself(
+    several: list[Scene], compat: bool
+) -> None:
+    def tracker() -> PhalpTracker:
+        return PhalpTracker(TrackerSettings(compat=compat), pose_predictor=drifting)
+
+    videos = [scene.frames() for scene in several]
+    together = [tracker() for _ in videos]
+    alone = [tracker() for _ in videos]
+    for step in range(max(map(len, videos))):
+        running = [i for i, frames in enumerate(videos) if step < len(frames)]
+        frames = [videos[i][step] for i in running]
+        got = update_together([together[i] for i in running], frames)
+        for i, frame, tracked in zip(running, frames, got, strict=True):
+            assert_equal(tracked, alone[i].update(frame))

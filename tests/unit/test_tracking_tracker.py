@@ -405,6 +405,75 @@ def test_the_predicted_pose_is_compared_and_shown_of_ghosts() -> None:
     assert tracker.predict(12).pose[0, 216] == 12
 
 
+def slots_of(compat: bool) -> tuple[dict[int, int], dict[int, int]]:
+    """Slots asked for after a frame in which 1 and 4 were seen and 2 and 3 were not.
+
+    Returns:
+        Per track the slot of its own next frame, and the slot asked for.
+    """
+    asked: list[tuple[I64, I64]] = []
+
+    def remember(pose: F32, frame_index: I64, slot: I64) -> F32:
+        asked.append((frame_index, slot))
+        return pose[:, -1]
+
+    tracker = PhalpTracker(TrackerSettings(compat=compat), pose_predictor=remember)
+    a, b, c, d = box(150), box(450), box(750), box(1050)
+    run(tracker, *[[a]] * 2, *[[a, b]] * 5, *[[a, b, c]] * 5, *[[a, b, c, d]] * 5)
+    run(tracker, [a, c, d], [a, d], [a, d], start=17)
+    tracker.predict(20)
+    history, slot = asked[-1]
+    assert history[:, -1].tolist() == [19, 16, 17, 19]
+    own = 20 - history[:, 0]
+    return dict(enumerate(own.tolist(), 1)), dict(enumerate(slot.tolist(), 1))
+
+
+def test_q1_every_pose_is_predicted_for_its_own_time() -> None:
+    own, asked = slots_of(compat=False)
+    assert asked == own == {1: 7, 2: 10, 3: 9, 4: 7}
+
+
+def test_q1_q2_compat_reads_each_batch_at_the_slot_of_its_first_track() -> None:
+    own, asked = slots_of(compat=True)
+    assert asked == {1: own[1], 2: own[2], 3: own[2], 4: own[1]}
+
+
+def test_q2_the_first_unseen_track_is_that_of_the_reference() -> None:
+    """A set difference of small integers is not walked through in ascending order."""
+    asked: list[I64] = []
+
+    def remember(pose: F32, frame_index: I64, slot: I64) -> F32:
+        asked.append(slot)
+        return pose[:, -1]
+
+    tracker = PhalpTracker(TrackerSettings(compat=True), pose_predictor=remember)
+    people = [box(60 + 120 * i, height=150) for i in range(10)]
+    run(tracker, *[people] * 8)
+    run(tracker, [p for i, p in enumerate(people) if i != 1], start=8)  # 1 has a gap of its own
+    run(tracker, *[people] * 3, start=9)
+    run(tracker, [p for i, p in enumerate(people) if i not in (1, 8)], start=12)
+    tracker.predict(13)
+    # 1 was missed before, so that it remembers one frame more than 8, the first in CPython's order.
+    own = {1: 13 - 4, 8: 13 - 5}
+    assert asked[-1][[1, 8]].tolist() == [own[8]] * 2
+
+
+def test_q23_a_track_that_ends_still_decides_the_slot_of_the_others() -> None:
+    asked: list[I64] = []
+
+    def remember(pose: F32, frame_index: I64, slot: I64) -> F32:
+        asked.append(slot)
+        return pose[:, -1]
+
+    wanted = TrackerSettings(compat=True, max_age=3)
+    tracker = PhalpTracker(wanted, pose_predictor=remember)
+    a, b = box(300), box(900)
+    run(tracker, *[[a, b]] * 8, *[[b]] * 3, [], start=0)  # a ends in the frame in which b is missed
+    assert tracker.state()["track_id"].tolist() == [2]
+    tracker.predict(12)
+    assert asked[-1].tolist() == [12 - 1]  # a's history begins at frame 1, b's at 4
+
+
 # ---------------------------------------------------------------- degenerate input
 
 
