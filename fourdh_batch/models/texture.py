@@ -211,7 +211,7 @@ class TextureSampler(nn.Module):
         num = len(vertices)
         texture = vertices.new_zeros(num, NUM_CHANNELS, ATLAS_PX * ATLAS_PX)
         texture[:, 3] = -1
-        texture.index_copy_(2, self._texels, values)
+        texture.scatter_(2, self._texels.expand_as(values), values)
         return texture.view(num, NUM_CHANNELS, ATLAS_PX, ATLAS_PX)
 
     def draw_depth(self, points_cam: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -70,10 +71,14 @@ class Engine:
             for detections in found
         ]
         kept = [reason == "" for reason in reasons]
-        people = self.reconstructor.reconstruct(
+        bodies = self.reconstructor.reconstruct(
             chunks,
             [
                 (detections.frame_row[keep], detections.bbox_xyxy_px[keep])
+                for detections, keep in zip(found, kept, strict=True)
+            ],
+            [
+                None if detections.masks is None else list(compress(detections.masks, keep))
                 for detections, keep in zip(found, kept, strict=True)
             ],
         )
@@ -86,11 +91,11 @@ class Engine:
                 image_size_wh=chunk.image_size_wh,
                 detections=detections,
                 drop_reason=reason,
-                people=bodies,
+                people=body.people,
+                texture=body.texture,
+                appearance=body.appearance,
             )
-            for chunk, detections, reason, bodies in zip(
-                chunks, found, reasons, people, strict=True
-            )
+            for chunk, detections, reason, body in zip(chunks, found, reasons, bodies, strict=True)
         ]
 
 
