@@ -25,6 +25,7 @@ STUDENT_T = 2.5705818356363146  # 97.5 % quantile for HISTORY_LENGTH - 2 degrees
 MAX_HORIZON = 49  # frames from the last detection beyond which nothing is extrapolated (section 6)
 # The camera formula of section 2.3 ends at a depth of 2 f / 1e-9 = e^29.9.
 MAX_LOG_DEPTH = 30.0
+MAX_BOX_PX = 1e6  # no picture comes near it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,3 +105,25 @@ def predict_location(history: F64, frame_index: I64, target_frame: int | I64) ->
     spread[:, :2] /= repeats[:, None]
     spread[:, 2] -= np.log(repeats)
     return PredictedLocation(location, spread)
+
+
+def moved_box(bbox_xyxy_px: F32, seen: F64, expected: F64, image_size_wh: tuple[int, int]) -> F32:
+    """Boxes carried along as their people move in front of the camera.
+
+    Args:
+        bbox_xyxy_px: (G, 4) pixels of the full frame, of people who were at `seen`.
+        seen, expected: (G, 3) locations before and after.
+        image_size_wh: of the frame.
+
+    Returns:
+        (G, 4) pixels: moved with the model origin and scaled by the change of depth; bounded, so
+        that an absurd location gives no infinity.
+    """
+    width, height = image_size_wh
+    side = max(width, height)
+    margin = np.array([(side - width) // 2, (side - height) // 2])
+    origin = np.tile(seen[:, :2] * side - margin, 2)
+    target = np.tile(expected[:, :2] * side - margin, 2)
+    scale = np.exp(seen[:, 2:] - expected[:, 2:])
+    moved: F64 = np.clip(target + (bbox_xyxy_px - origin) * scale, -MAX_BOX_PX, MAX_BOX_PX)
+    return moved.astype(np.float32)
