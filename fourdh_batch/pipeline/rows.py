@@ -2,35 +2,57 @@
 
 A row can only be written when nothing later can change it. A detection of a tentative track waits
 until the track is confirmed or dies (a few frames); the predicted row of a missed frame waits
-until the track is seen again or is given up (at most `max_age` frames). So a few chunks are held
-back, whatever the length of the video, and chunks leave in order.
+until the track is seen again or is given up (at most `max_age` frames) and, where a pose
+predictor completes it, until the detections are known that it is told from (at most 95 frames, see
+`tracking/completion.py`). So a few chunks are held back, whatever the length of the video, and
+chunks leave in order.
 
-Dimension letters: `T` frames of a chunk, `N` its detections, `M` its people.
+Dimension letters: `T` frames of a chunk, `N` its detections, `M` its people, `G` ghosts: tracks
+that were not seen in a frame.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fourdh_batch.geometry import full_image_camera, full_image_focal, project_full_image
+from fourdh_batch.geometry import (
+    full_image_camera,
+    full_image_focal,
+    phalp_camera,
+    project_full_image,
+)
 from fourdh_batch.pipeline.records import ChunkResult, ModelCard
+from fourdh_batch.tables.frames import FrameRuns
 from fourdh_batch.tables.schema import make_table
+from fourdh_batch.tracking.completion import CompletedPoses, PoseCompleter, PoseCompletion
+from fourdh_batch.tracking.location import locate, moved_box
+from fourdh_batch.tracking.pose import is_sound, pose_vectors, split_pose_vectors
 from fourdh_batch.tracking.track import DetectionRefs
 from fourdh_batch.tracking.tracker import TrackedFrame
-from fourdh_batch.types import F32, I64, People
+from fourdh_batch.types import F32, I64, Bool, Detections, People, RleMask
 
 Keypoints = Callable[[F32, F32, F32], F32]
 """(global_orient, body_pose, betas) of M people -> (M, 44, 3) metres in the model frame."""
 
 _PENDING, _TRACKED, _UNCONFIRMED, _INVALID = range(4)
 _REASON_OF_FATE = np.array(["", "", "unconfirmed", "invalid_pose"])
-_OPEN, _KEEP, _DROP = range(3)
+_OPEN, _INCOMPLETE, _KEEP, _DROP = range(4)
+# What detections keep of a person; keypoints_3d_m follows from it.
+_PERSON_COLUMNS = (
+    "global_orient",
+    "body_pose",
+    "betas",
+    "pred_cam",
+    "box_center_px",
+    "box_size_px",
+)
+_CHUNK_ARRAYS = ("shot_id", "is_shot_start", "fate", "track_id", "hits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,41 +63,74 @@ class Rows:
     detections: Any
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Ghosts:
-    """The unseen tracks of one frame; each is kept if its track is seen again."""
+    """The unseen tracks of one frame; each is kept if its track is seen again.
 
-    frame_row: int
-    tracked: TrackedFrame
-    rows: I64  # rows of `tracked`
-    fate: NDArray[np.int8] = field(init=False)
+    Attributes:
+        track_id, frames_since_seen, hits, bbox_xyxy_px, camera, global_orient, body_pose, betas:
+            (G, ...) as in `TrackedFrame`; those of the pose and the place are overwritten where
+            a pose predictor completes the frame.
+        seen_box_px, seen_camera: (G, 4) and (G, 3), when the track was last seen.
+        fate: (G,) open until the track is seen again or given up; incomplete until its pose is
+            completed.
+    """
 
-    def __post_init__(self) -> None:
-        self.fate = np.full(len(self.rows), _OPEN, dtype=np.int8)
-
-    @property
-    def track_id(self) -> I64:
-        return self.tracked.track_id[self.rows]
+    track_id: I64
+    frames_since_seen: I64
+    hits: I64
+    bbox_xyxy_px: F32
+    camera: F32
+    global_orient: F32
+    body_pose: F32
+    betas: F32
+    seen_box_px: F32
+    seen_camera: F32
+    fate: I64
 
 
 @dataclass(slots=True, eq=False)
 class _HeldChunk:
     result: ChunkResult
     shot_id: I64  # (T,)
+    is_shot_start: Bool  # (T,)
     first_person: I64  # (T + 1,) offsets of each frame's people
     fate: I64  # (M,)
     track_id: I64  # (M,)
     hits: I64  # (M,)
-    ghosts: list[_Ghosts] = field(default_factory=list)
+    ghosts: dict[int, _Ghosts] = field(default_factory=dict)  # by row of the frame
     num_frames_tracked: int = 0
+
+    @classmethod
+    def of(cls, result: ChunkResult) -> _HeldChunk:
+        """A chunk of which the tracker has seen nothing yet."""
+        person_frame = result.detections.frame_row[result.drop_reason == ""]
+        num_frames, num_people = len(result.frame_index), len(result.people)
+        return cls(
+            result=result,
+            shot_id=np.zeros(num_frames, dtype=np.int64),
+            is_shot_start=np.zeros(num_frames, dtype=np.bool_),
+            first_person=np.searchsorted(person_frame, np.arange(num_frames + 1)),
+            fate=np.full(num_people, _PENDING, dtype=np.int64),
+            track_id=np.zeros(num_people, dtype=np.int64),
+            hits=np.zeros(num_people, dtype=np.int64),
+        )
 
     @property
     def is_settled(self) -> bool:
         return (
             self.num_frames_tracked == len(self.result.frame_index)
             and bool(np.all(self.fate != _PENDING))
-            and all(bool(np.all(ghosts.fate != _OPEN)) for ghosts in self.ghosts)
+            and all(bool(np.all(ghosts.fate >= _KEEP)) for ghosts in self.ghosts.values())
         )
+
+    def pose_vectors(self, people: I64) -> F32:
+        """(R, 229) pose vectors of the people at these rows."""
+        chosen = self.result.people.take(people)
+        camera = phalp_camera(
+            chosen.pred_cam, chosen.box_center_px, chosen.box_size_px, self.result.image_size_wh
+        )
+        return pose_vectors(chosen, camera)
 
 
 class RowBuilder:
@@ -85,9 +140,14 @@ class RowBuilder:
         dataset, video_id: as in the tables.
         card: the models, for the columns that name them.
         keypoints: the body model, for people that were predicted rather than seen.
+        completer: completes the poses of missed frames from the detections before and after them;
+            None: they get what the tracker expected at the time. So does a row whose completion
+            is no body in front of the camera.
         keep_predicted: write rows for frames in which a track was missed and later seen again.
             Frames after a track's last detection never get rows: nothing says the person was
-            still there.
+            still there (docs/PHALP.md, section 15, Q18).
+        keep_reconstructions: keep what the tracker is fed with in `detections`, for tracking
+            again without looking at the video.
     """
 
     def __init__(
@@ -97,33 +157,35 @@ class RowBuilder:
         video_id: str,
         card: ModelCard,
         keypoints: Keypoints,
+        completer: PoseCompleter | None = None,
         keep_predicted: bool = True,
+        keep_reconstructions: bool = False,
     ) -> None:
         self._names = {"dataset": dataset, "video_id": video_id}
         self._card = card
         self._keypoints = keypoints
         self._keep_predicted = keep_predicted
+        self._completion = PoseCompletion(completer) if completer and keep_predicted else None
+        self._frames = FrameRuns() if keep_reconstructions else None
         self._held: deque[_HeldChunk] = deque()
         self._chunk_of_frame: dict[int, _HeldChunk] = {}
         self._open_ghosts: list[_Ghosts] = []
+        self._last_seen: dict[int, F32] = {}  # track: box (4) and camera (3)
+        self._last_shot_id = -1
         self.track_len: Counter[int] = Counter()
         self.num_detections = 0
 
     def hold(self, result: ChunkResult) -> None:
-        """Take in a chunk; its frames are then reported one by one by `tracked`."""
-        person_frame = result.detections.frame_row[result.drop_reason == ""]
-        num_frames, num_people = len(result.frame_index), len(result.people)
-        chunk = _HeldChunk(
-            result=result,
-            shot_id=np.zeros(num_frames, dtype=np.int64),
-            first_person=np.searchsorted(person_frame, np.arange(num_frames + 1)),
-            fate=np.full(num_people, _PENDING, dtype=np.int64),
-            track_id=np.zeros(num_people, dtype=np.int64),
-            hits=np.zeros(num_people, dtype=np.int64),
-        )
-        self._held.append(chunk)
-        self._chunk_of_frame.update(dict.fromkeys(result.frame_index.tolist(), chunk))
+        """Take in a chunk; its frames are then reported one by one by `tracked`.
+
+        Texture maps are not kept.
+        """
+        self._hold(_HeldChunk.of(replace(result, texture=None)))
         self.num_detections += len(result.detections)
+
+    def _hold(self, chunk: _HeldChunk) -> None:
+        self._held.append(chunk)
+        self._chunk_of_frame.update(dict.fromkeys(chunk.result.frame_index.tolist(), chunk))
 
     def people_of(self, frame_index: int) -> tuple[F32, F32, People]:
         """Boxes, scores and bodies of a held frame, as the tracker wants them."""
@@ -141,8 +203,13 @@ class RowBuilder:
         chunk, start, _ = self._span(frame.frame_index)
         frame_row = int(np.searchsorted(chunk.result.frame_index, frame.frame_index))
         chunk.shot_id[frame_row] = shot_id
+        chunk.is_shot_start[frame_row] = 0 <= self._last_shot_id < shot_id
+        self._last_shot_id = shot_id
         chunk.num_frames_tracked += 1
         chunk.fate[start + frame.invalid_row] = _INVALID
+        if self._frames is not None:
+            pts_s = float(chunk.result.pts_s[frame_row])
+            self._frames.add(frame.frame_index, pts_s, shot_id, chunk.result.image_size_wh)
 
         seen = np.flatnonzero(frame.detection_row >= 0)
         people = start + frame.detection_row[seen]
@@ -162,15 +229,19 @@ class RowBuilder:
             self._settle_ghosts(seen_id=frame.track_id[seen], live_id=frame.track_id)
         ghost = np.flatnonzero(frame.detection_row < 0)
         if self._keep_predicted and len(ghost):
-            ghosts = _Ghosts(frame_row, frame, ghost)
-            chunk.ghosts.append(ghosts)
+            chunk.ghosts[frame_row] = ghosts = self._ghosts(frame, ghost)
             self._open_ghosts.append(ghosts)
+        if self._completion is not None:
+            self._complete_until(self._completion, frame, seen, chunk.pose_vectors(people))
 
     def finish(self, tail: DetectionRefs) -> None:
         """The video has ended; nothing is open any more."""
         self._discard(tail)
         none = np.zeros(0, dtype=np.int64)
         self._settle_ghosts(seen_id=none, live_id=none)
+        if self._completion is not None:
+            for completed in self._completion.finish():
+                self._fill_in(completed)
 
     def settled(self) -> Iterator[Rows]:
         """Rows of the chunks that nothing can change any more, in frame order."""
@@ -208,9 +279,130 @@ class RowBuilder:
         """Keep the ghosts of tracks seen again, drop those of tracks that were given up."""
         for ghosts in self._open_ghosts:
             is_open = ghosts.fate == _OPEN
-            ghosts.fate[is_open & np.isin(ghosts.track_id, seen_id)] = _KEEP
+            ghosts.fate[is_open & np.isin(ghosts.track_id, seen_id)] = (
+                _KEEP if self._completion is None else _INCOMPLETE
+            )
             ghosts.fate[is_open & ~np.isin(ghosts.track_id, live_id)] = _DROP
         self._open_ghosts = [g for g in self._open_ghosts if np.any(g.fate == _OPEN)]
+
+    def _ghosts(self, frame: TrackedFrame, rows: I64) -> _Ghosts:
+        track_id = frame.track_id[rows]
+        box, camera = frame.bbox_xyxy_px[rows], frame.camera[rows]
+        seen = np.concatenate([box, camera], 1)
+        for row, number in enumerate(track_id.tolist()):
+            seen[row] = self._last_seen.get(number, seen[row])
+        return _Ghosts(
+            track_id=track_id,
+            frames_since_seen=frame.frames_since_seen[rows],
+            hits=frame.hits[rows],
+            bbox_xyxy_px=box,
+            camera=camera,
+            global_orient=frame.global_orient[rows],
+            body_pose=frame.body_pose[rows],
+            betas=frame.betas[rows],
+            seen_box_px=seen[:, :4],
+            seen_camera=seen[:, 4:],
+            fate=np.full(len(rows), _OPEN, dtype=np.int64),
+        )
+
+    def _complete_until(
+        self, completion: PoseCompletion, frame: TrackedFrame, seen: I64, pose: F32
+    ) -> None:
+        """Tell the completion of a frame, and take what is complete now.
+
+        Args:
+            completion: of this video.
+            frame: the frame.
+            seen: (R,) rows of the tracks that were seen.
+            pose: (R, 229) their pose vectors.
+        """
+        past = list(self._resolve(frame.backfill))
+        frames = frame.backfill.frame_index.tolist()
+        for k in np.argsort(frame.backfill.frame_index, kind="stable").tolist():
+            held, person, track_id = past[k]
+            one = held.pose_vectors(np.array([person]))
+            completion.see(frames[k], np.array([track_id]), one)
+        completion.see(frame.frame_index, frame.track_id[seen], pose)
+        completion.miss(frame.frame_index, frame.track_id[frame.detection_row < 0])
+        for completed in completion.settle(frame.frame_index, frame.track_id):
+            self._fill_in(completed)
+
+        place = np.concatenate([frame.bbox_xyxy_px, frame.camera], 1)
+        before = self._last_seen
+        self._last_seen = {
+            number: place[row] if detection >= 0 else before[number]
+            for row, (number, detection) in enumerate(
+                zip(frame.track_id.tolist(), frame.detection_row.tolist(), strict=True)
+            )
+        }
+
+    def _fill_in(self, completed: CompletedPoses) -> None:
+        """Overwrite what was expected of missed frames, where the completion is a body."""
+        sound = is_sound(completed.pose)
+        *body, camera = split_pose_vectors(completed.pose)
+        for k, frame_index in enumerate(completed.frame_index.tolist()):
+            chunk = self._chunk_of_frame[frame_index]
+            ghosts = chunk.ghosts[int(np.searchsorted(chunk.result.frame_index, frame_index))]
+            (row,) = np.flatnonzero(ghosts.track_id == completed.track_id)
+            assert ghosts.fate[row] == _INCOMPLETE, f"frame {frame_index}: not to be completed"
+            ghosts.fate[row] = _KEEP
+            if not sound[k]:
+                continue
+            ghosts.global_orient[row], ghosts.body_pose[row], ghosts.betas[row] = (
+                part[k] for part in body
+            )
+            ghosts.camera[row] = camera[k]
+            ghosts.bbox_xyxy_px[row] = moved_box(
+                ghosts.seen_box_px[row : row + 1],
+                locate(ghosts.seen_camera[row : row + 1]),
+                locate(camera[k : k + 1]),
+                chunk.result.image_size_wh,
+            )[0]
+
+    @property
+    def frame_runs(self) -> str | None:
+        """All frames so far for `videos.frame_runs`; None unless reconstructions are kept."""
+        return None if self._frames is None else self._frames.to_json()
+
+    def state(self) -> dict[str, Any]:
+        """Everything remembered: nested dicts and lists of plain arrays, numbers, text and bytes.
+
+        Only between frames, after `settled` has been emptied or not.
+        """
+        return {
+            "held": [_chunk_state(chunk) for chunk in self._held],
+            "completion": None if self._completion is None else self._completion.state(),
+            "last_seen_id": np.array(list(self._last_seen), np.int64),
+            "last_seen": np.array(list(self._last_seen.values()), np.float32).reshape(-1, 7),
+            "last_shot_id": self._last_shot_id,
+            "track_len": np.array(list(self.track_len.items()), np.int64).reshape(-1, 2),
+            "num_detections": self.num_detections,
+            "frame_runs": self.frame_runs,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, in a builder of the same settings.
+
+        Raises:
+            ValueError: the settings differ.
+        """
+        for name, mine in (("completion", self._completion), ("frame_runs", self._frames)):
+            if (state[name] is None) != (mine is None):
+                raise ValueError(f"rows: {name}: the state was saved under other settings")
+        self._held.clear()
+        self._chunk_of_frame.clear()
+        for saved in state["held"]:
+            self._hold(_chunk_of_state(saved))
+        ghosts = [g for chunk in self._held for g in chunk.ghosts.values()]
+        self._open_ghosts = [g for g in ghosts if np.any(g.fate == _OPEN)]
+        if self._completion is not None:
+            self._completion.restore(state["completion"])
+        self._last_seen = dict(zip(state["last_seen_id"].tolist(), state["last_seen"], strict=True))
+        self._last_shot_id = state["last_shot_id"]
+        self.track_len = Counter(dict(state["track_len"].tolist()))
+        self.num_detections = state["num_detections"]
+        if self._frames is not None:
+            self._frames = FrameRuns.from_json(state["frame_runs"])
 
     def _tracks_table(self, chunk: _HeldChunk) -> Any:
         result = chunk.result
@@ -221,19 +413,18 @@ class RowBuilder:
         frame_row = detections.frame_row[kept][rows]
         num_detected = len(rows)
 
-        ghosts = [(g, g.rows[g.fate == _KEEP]) for g in chunk.ghosts]
-        ghosts = [(g, keep) for g, keep in ghosts if len(keep)]
+        ghosts = [(row, g, g.fate == _KEEP) for row, g in chunk.ghosts.items()]
 
         def ghost_values(name: str, like: NDArray[Any]) -> NDArray[Any]:
-            parts = [getattr(g.tracked, name)[keep] for g, keep in ghosts]
-            return np.concatenate([like[:0], *parts]) if parts else like[:0]
+            parts = [getattr(g, name)[keep] for _, g, keep in ghosts]
+            return np.concatenate([like[:0], *parts])
 
         global_orient = ghost_values("global_orient", people.global_orient)
         body_pose = ghost_values("body_pose", people.body_pose)
         betas = ghost_values("betas", people.betas)
         num_predicted = len(betas)
         ghost_frame_row = np.concatenate(
-            [np.zeros(0, np.int64), *(np.full(len(keep), g.frame_row) for g, keep in ghosts)]
+            [np.zeros(0, np.int64), *(np.full(int(keep.sum()), row) for row, _, keep in ghosts)]
         )
         keypoints_3d_m = np.concatenate(
             [
@@ -350,6 +541,107 @@ class RowBuilder:
                 "track_id": [number or None for number in track_id.tolist()],
                 "detector": self._card.detector,
                 "model_fingerprint": self._card.fingerprint,
+                **({} if self._frames is None else _reconstructions(chunk, kept)),
             },
             num_rows=num,
         )
+
+
+def _reconstructions(chunk: _HeldChunk, kept: I64) -> dict[str, Any]:
+    """Columns of `detections` from which people can be tracked again.
+
+    What is not finite is left out as a whole: the tracker refuses such a detection anyway.
+    """
+    result, people = chunk.result, chunk.result.people
+    values: dict[str, NDArray[Any]] = {name: getattr(people, name) for name in _PERSON_COLUMNS}
+    if result.appearance is not None:
+        values["appearance"] = result.appearance
+    finite = np.ones(len(people), dtype=np.bool_)
+    for array in values.values():
+        finite &= np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+    columns: dict[str, Any] = {}
+    for name, array in values.items():
+        columns[name] = np.full((len(result.detections), *array.shape[1:]), np.nan, np.float32)
+        columns[name][kept[finite]] = array[finite]
+    frame_row = result.detections.frame_row
+    return columns | {
+        "image_size_px": np.array(result.image_size_wh),
+        "shot_id": chunk.shot_id[frame_row],
+        "is_shot_start": chunk.is_shot_start[frame_row],
+    }
+
+
+# --- the state of a video in the middle ---------------------------------------------------------
+
+
+def _chunk_state(chunk: _HeldChunk) -> dict[str, Any]:
+    result, detections = chunk.result, chunk.result.detections
+    masks = detections.masks
+    counts = [] if masks is None else [mask.counts for mask in masks]
+    ghosts = list(chunk.ghosts.values())
+    return {
+        "video_id": result.video_id,
+        "frame_index": result.frame_index,
+        "pts_s": result.pts_s,
+        "shot_scores": result.shot_scores,
+        "image_size_wh": list(result.image_size_wh),
+        "drop_reason": result.drop_reason.tolist(),
+        "appearance": result.appearance,
+        "people": {f.name: getattr(result.people, f.name) for f in fields(People)},
+        "detections": {
+            "frame_row": detections.frame_row,
+            "bbox_xyxy_px": detections.bbox_xyxy_px,
+            "score": detections.score,
+            "mask_source": detections.mask_source,
+            "mask_size_hw": np.array(
+                [mask.size_hw for mask in masks or ()], dtype=np.int64
+            ).reshape(-1, 2),
+            "mask_length": np.array([len(text) for text in counts], dtype=np.int64),
+            "mask_counts": b"".join(counts),
+        },
+        **{name: getattr(chunk, name).copy() for name in _CHUNK_ARRAYS},
+        "num_frames_tracked": chunk.num_frames_tracked,
+        "ghost_frame_row": np.repeat(
+            np.array(list(chunk.ghosts), np.int64), [len(g.fate) for g in ghosts]
+        ),
+        "ghosts": {
+            f.name: np.concatenate([getattr(g, f.name) for g in ghosts]) for f in fields(_Ghosts)
+        }
+        if ghosts
+        else None,
+    }
+
+
+def _chunk_of_state(state: Mapping[str, Any]) -> _HeldChunk:
+    saved = dict(state["detections"])
+    size_hw, length = saved.pop("mask_size_hw").tolist(), saved.pop("mask_length")
+    text, stop = saved.pop("mask_counts"), np.cumsum(length).tolist()
+    masks = [
+        RleMask((height, width), text[end - num : end])
+        for (height, width), num, end in zip(size_hw, length.tolist(), stop, strict=True)
+    ]
+    width, height = state["image_size_wh"]
+    chunk = _HeldChunk.of(
+        ChunkResult(
+            video_id=state["video_id"],
+            frame_index=state["frame_index"],
+            pts_s=state["pts_s"],
+            shot_scores=state["shot_scores"],
+            image_size_wh=(width, height),
+            detections=Detections(
+                **saved, masks=masks if saved["mask_source"] == "detector" else None
+            ),
+            drop_reason=np.array(state["drop_reason"], dtype=np.str_),
+            people=People(**state["people"]),
+            appearance=state["appearance"],
+        )
+    )
+    for name in _CHUNK_ARRAYS:
+        setattr(chunk, name, state[name].copy())
+    chunk.num_frames_tracked = state["num_frames_tracked"]
+    frame_row = state["ghost_frame_row"]
+    for row in np.unique(frame_row).tolist():
+        chunk.ghosts[row] = _Ghosts(
+            **{name: values[frame_row == row] for name, values in state["ghosts"].items()}
+        )
+    return chunk

@@ -29,6 +29,7 @@ TABLES = ("tracks", "detections", "videos", "failures")
 _TYPES: dict[str, Any] = {
     "string": pa.string(),
     "binary": pa.binary(),
+    "bool": pa.bool_(),
     "int64": pa.int64(),
     "float32": pa.float32(),
     "float64": pa.float64(),
@@ -46,7 +47,7 @@ class Column:
 
     Attributes:
         name: of the column.
-        type: ``string``, ``binary``, ``int64``, ``float32`` or ``float64``.
+        type: ``string``, ``binary``, ``bool``, ``int64``, ``float32`` or ``float64``.
         meaning: what it holds.
         source: the step that makes it.
         shape: of one value; () for a scalar.
