@@ -9,10 +9,8 @@ Source: docs/PHALP.md, section 16.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -87,17 +85,3 @@ def digest(weights: Mapping[str, Tensor]) -> int:
     for key in sorted(weights):
         crc = zlib.crc32(weights[key].numpy().tobytes(), crc)
     return crc
-
-
-def predictor_yaml(config: Mapping[str, int], path: Path) -> Path:
-    """A configuration file with these sizes, laid out like the published one."""
-    transformer = {
-        "depth": config["depth"],
-        "heads": config["num_heads"],
-        "dim_head": config["head_dim"],
-        "mlp_dim": config["mlp_dim"],
-        "conv": {"stride": CONV_STRIDE, "pad": CONV_PAD},
-    }
-    tree = {"configs": {"frame_length": FRAME_LENGTH, "transformer": transformer}}
-    path.write_text(json.dumps(tree))
-    return path
