@@ -13,8 +13,9 @@ from fourdh_batch.models.build import build_hmr2, untrained_hmr2
 from fourdh_batch.models.hmr2 import Hmr2, HmrOutput
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.models.texture import TextureSampler, body_atlas, pack_texture
+from fourdh_batch.pipeline.engine import Engine
 from fourdh_batch.pipeline.reconstruct import Reconstruction, Reconstructor, _box_crops
-from fourdh_batch.types import FrameChunk, People, RleMask
+from fourdh_batch.types import Detections, FrameChunk, People, RleMask
 from fourdh_batch.video.crops import crop_batch, crop_masks
 
 FIELDS = (
@@ -430,3 +431,48 @@ def test_masks_of_another_number_or_size_are_refused_by_name(
 def test_vectors_need_maps(model: Hmr2) -> None:
     with pytest.raises(ValueError, match="embed: expected a sampler"):
         Reconstructor(model, embed=mean_colour)
+
+
+class Finds:
+    """A detector that finds what it is given, by video."""
+
+    def __init__(self, found: dict[str, Detections]) -> None:
+        self.found = found
+
+    def detect(self, chunk: FrameChunk) -> Detections:
+        return self.found[chunk.video_id]
+
+
+@pytest.mark.parametrize("with_looks", [True, False])
+def test_the_engine_hands_on_the_looks_of_the_boxes_that_it_keeps(
+    model: Hmr2, sampler: TextureSampler, work: Any, masks: Masks, with_looks: bool
+) -> None:
+    chunks, boxes = work
+    kept = np.array([True, False, True, False, True])
+    found = {
+        chunk.video_id: Detections(
+            frame_row=rows,
+            bbox_xyxy_px=bbox,
+            score=kept.astype(np.float32)[: len(rows)],
+            masks=given,
+            mask_source="box" if given is None else "detector",
+        )
+        for chunk, (rows, bbox), given in zip(chunks, boxes, masks, strict=True)
+    }
+    if with_looks:
+        reconstructor = Reconstructor(model, sampler=sampler, embed=mean_colour)
+    else:
+        reconstructor = Reconstructor(model)
+    engine = Engine(
+        Finds(found), reconstructor, score_threshold=0.5, min_width_px=0, min_height_px=0
+    )
+    wanted = reconstructor.reconstruct(
+        chunks,
+        [(rows[kept[: len(rows)]], bbox[kept[: len(rows)]]) for rows, bbox in boxes],
+        [[masks[0][0], masks[0][2], masks[0][4]], [], None],
+    )
+    for got, expected in zip(engine.run(chunks), wanted, strict=True):
+        assert_same(got.people, expected.people)
+        assert (got.texture is not None) == (got.appearance is not None) == with_looks
+        np.testing.assert_array_equal(got.texture, expected.texture)
+        np.testing.assert_array_equal(got.appearance, expected.appearance)
