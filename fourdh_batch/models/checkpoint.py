@@ -55,11 +55,12 @@ class _Inert:
         """Keep nothing."""
 
 
-def read_lightning_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_lightning_state_dict(path: str | Path, *, entry: str = "state_dict") -> dict[str, Tensor]:
     """The ``state_dict`` of a PyTorch-Lightning checkpoint, mapped from the file.
 
     Args:
         path: a file written by `torch.save` in PyTorch 1.6 or newer.
+        entry: where the tensors are in it; other programs have other names for it.
 
     Returns:
         All tensors under their full names.
@@ -84,14 +85,14 @@ def read_lightning_state_dict(path: str | Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _DAMAGED as error:
         raise _damaged(path, error) from error
-    state = content.get("state_dict") if isinstance(content, Mapping) else None
+    state = content.get(entry) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         got = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{path}: expected an entry 'state_dict', got {got}")
+        raise CheckpointError(f"{path}: expected an entry {entry!r}, got {got}")
     for name, tensor in state.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise CheckpointError(
-                f"{path}: state_dict: expected tensors, got {name!r}: {type(tensor).__name__}"
+                f"{path}: {entry}: expected tensors, got {name!r}: {type(tensor).__name__}"
             )
     return dict(state)
 
