@@ -192,8 +192,7 @@ class IterativeSmplHead(nn.Module):
         state = torch.cat((self.init_body_pose, self.init_betas, self.init_cam), dim=-1)
         for _ in range(NUM_HEAD_STEPS):
             hidden = F.relu(of_token + F.linear(state, self.fc1.weight[:, dim:]))
-            # Half the time of `fc2(hidden)` where there are few rows.
-            hidden = F.relu(F.linear(hidden, self.fc2.weight) + self.fc2.bias)
+            hidden = F.relu(self.fc2(hidden))
             steps = self.decpose(hidden), self.decshape(hidden), self.deccam(hidden)
             state = state + torch.cat(steps, dim=-1)
         rot6d = state[:, :NUM_POSE_NUMBERS].reshape(len(token), -1, 6)
