@@ -9,16 +9,23 @@ was never meant for hostile input, is not reached. Every other name ends the rea
 What comes out: numbers, strings, bytes, lists, tuples, dicts, sets, `numpy.ndarray`,
 NumPy scalars and dtypes, `scipy.sparse` csc, csr and coo matrices. A chumpy object comes out as
 the array that it holds, or as a `ChumpyFormula` where it would have to be computed.
+
+Results of pose engines are written by joblib: a pickle in which the bytes of every array stand
+between two opcodes, often compressed as a whole. `load_restricted_joblib` reads them (and plain
+pickles) by the same rules, with joblib's own class behind one more sealed name; it can leave out
+arrays that nobody needs, such as the vertices of every body.
 """
 
 from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
 import pickletools
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +40,8 @@ from fourdh_batch.errors import CheckpointError
 MAX_PICKLE_BYTES = 512 * 2**20  # the largest published SMPL file has 247 MB
 MAX_MEMO_INDEX = 2**22  # the unpickler's memo is an array as long as its highest index
 MAX_STRING_CHARS = 2**16  # longest element of a string array
+MAX_SKIPPED_BYTES = 2**36  # of arrays that are left out
+BLOCK_BYTES = 2**20  # read at once, so that no announced length is allocated before it is there
 
 # Kinds of plain numbers and strings; no objects, no records, no dates.
 _DTYPE_SPEC = re.compile(r"[<>=|]?(?:[biuf][1248]|f16|c(?:8|16)|\?|[bBhHiIlLqQefdFD]|([SaU])(\d+))")
@@ -232,6 +241,64 @@ class _ByteArray(metaclass=_Sealed):
         return bytearray(_as_bytes(data))
 
 
+class _JoblibArray(metaclass=_Sealed):
+    """`joblib.numpy_pickle.NumpyArrayWrapper`: says what the bytes after it are."""
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict):
+            raise _RefusedError(f"an array of joblib with a state of {type(state).__name__}")
+        if state.get("subclass") is not _NdarrayMarker:
+            raise _RefusedError("an array of joblib that is no plain numpy.ndarray")
+        self.state: dict[str, object] = state
+        self.value: object = None  # it stays here: a pickle could do more to an array than to us
+
+    def num_bytes(self) -> int:
+        """Bytes of the values."""
+        shape, dtype = self.state["shape"], self.state["dtype"]
+        if not isinstance(dtype, _Dtype):
+            raise _RefusedError(f"expected a dtype, got {type(dtype).__name__}")
+        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+            raise _RefusedError(f"expected a shape, got {shape!r}")
+        return math.prod(shape) * dtype.dtype.itemsize
+
+    def array(self, data: bytes) -> NDArray[Any]:
+        """The values."""
+        return _array_from_bytes(
+            data, self.state["dtype"], self.state["shape"], self.state["order"]
+        )
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether padding and its length stand before the values (joblib 1.2 and newer)."""
+        return self.state.get("numpy_array_alignment_bytes") is not None
+
+
+@dataclass(frozen=True)
+class Omitted:
+    """Stands for something in a joblib file that was not read; inert.
+
+    Attributes:
+        what: the class of an object that is not plain data, or ``array``.
+    """
+
+    what: str
+
+
+class _Inert(metaclass=_Sealed):
+    """Swallows the parts of an object that is neither wanted nor plain data."""
+
+    origin: ClassVar[str]
+
+    def __new__(cls, *parts: object) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *parts: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 class _SparseMatrix(metaclass=_Sealed):
     """A csc, csr or coo matrix: the `__dict__` that SciPy stored."""
 
@@ -303,14 +370,184 @@ for _sparse in (_CscMatrix, _CsrMatrix, _CooMatrix):
 
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        full_name = f"{_PYTHON_2_MODULES.get(module, module)}.{name}"
-        if full_name in _ADMITTED:
-            return _ADMITTED[full_name]
-        if module == "chumpy" or module.startswith("chumpy."):
-            return _Sealed(name, (_Chumpy,), {"origin": full_name})
+        return _admitted(module, name)
+
+
+def _admitted(module: str, name: str) -> Any:
+    """What stands for a global name.
+
+    Raises:
+        CheckpointError: the name is not on the list.
+    """
+    full_name = f"{_PYTHON_2_MODULES.get(module, module)}.{name}"
+    if full_name in _ADMITTED:
+        return _ADMITTED[full_name]
+    if module == "chumpy" or module.startswith("chumpy."):
+        return _Sealed(name, (_Chumpy,), {"origin": full_name})
+    raise CheckpointError(f"asks for {full_name}, which is not plain data; nothing of it was run")
+
+
+class _Inflated(io.RawIOBase):
+    """What a zlib or gzip file holds, a block at a time."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._machine = zlib.decompressobj(wbits=47)  # either header
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._machine.eof:
+            packed = self._machine.unconsumed_tail or self._file.read(BLOCK_BYTES)
+            data = self._machine.decompress(packed, len(buffer))
+            buffer[: len(data)] = data
+            if data:
+                return len(data)
+            if not packed:
+                raise EOFError("the compressed data is cut off")
+        return 0
+
+
+class _Source:
+    """A stream that is read in blocks, up to a total."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self._kept = self._skipped = 0
+
+    def read(self, size: int) -> bytes:
+        self._kept += size
+        if self._kept > MAX_PICKLE_BYTES:
+            raise CheckpointError(f"expected at most {MAX_PICKLE_BYTES} bytes of values, got more")
+        blocks = []
+        while size > 0:
+            block = self._file.read(min(size, BLOCK_BYTES))
+            if not block:
+                raise EOFError("the data is cut off")
+            blocks.append(block)
+            size -= len(block)
+        return b"".join(blocks)
+
+    def readline(self) -> bytes:
+        line = self._file.readline(BLOCK_BYTES)
+        self._kept += len(line)
+        return line
+
+    def skip(self, size: int) -> None:
+        self._skipped += size
+        if self._skipped > MAX_SKIPPED_BYTES:
+            raise CheckpointError(f"expected at most {MAX_SKIPPED_BYTES} bytes left out, got more")
+        while size > 0:
+            block = self._file.read(min(size, BLOCK_BYTES))
+            if not block:
+                raise EOFError("the data is cut off")
+            size -= len(block)
+
+
+# The Python version of the unpickler: it hands over between opcodes, and never allocates what
+# a length announces before the bytes are there (with `_Source`; but for BYTEARRAY8, see below).
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+_REFUSED_OPCODES = b"".join(
+    (
+        *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+        *(pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.INST, pickle.OBJ),
+    )
+)
+
+
+class _JoblibUnpickler(_PythonUnpickler):  # type: ignore[misc]
+    dispatch: ClassVar[dict[int, Any]] = {
+        opcode: load
+        for opcode, load in _PythonUnpickler.dispatch.items()
+        if opcode not in _REFUSED_OPCODES
+    }
+
+    def __init__(self, source: _Source, skip: Collection[str], inert: Sequence[str]) -> None:
+        super().__init__(source, encoding="latin1")
+        self._source = source
+        self._skip = skip
+        self._inert = tuple(inert)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
+            return _JoblibArray
+        if module.split(".")[0] in self._inert:
+            return _Sealed(str(name), (_Inert,), {"origin": f"{module}.{name}"})
+        return _admitted(module, name)
+
+    def load_build(self) -> None:
+        super().load_build()
+        wrapper = self.stack[-1]
+        if not isinstance(wrapper, _JoblibArray):
+            return
+        size = wrapper.num_bytes()
+        if wrapper.is_aligned:
+            self._source.read(self._source.read(1)[0])
+        key = self.stack[-2] if len(self.stack) > 1 else None
+        if isinstance(key, str) and key in self._skip:
+            self._source.skip(size)
+            wrapper.value = Omitted("array")
+        else:
+            wrapper.value = wrapper.array(self._source.read(size))
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def load_bytearray8(self) -> None:
+        size = int.from_bytes(self.read(8), "little")
+        self.append(bytearray(self.read(size)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+
+def load_restricted_joblib(
+    path_or_file: str | Path | BinaryIO,
+    *,
+    skip: Collection[str] = (),
+    inert: Sequence[str] = (),
+) -> object:
+    """Reads plain data from a file of `joblib.dump`, plain or zlib-compressed, or a pickle.
+
+    Args:
+        path_or_file: a path, or a binary file positioned at the start.
+        skip: keys of dictionaries; arrays of joblib under them are left out and do not count
+            towards the size limit.
+        inert: top-level packages, such as ``torch``, whose objects are not read but tolerated.
+    Returns:
+        The object; what was left out is an `Omitted`.
+    Raises:
+        CheckpointError: the file asks for anything but plain data (the message has the name), is
+            damaged, compressed in another way, or holds more than `MAX_PICKLE_BYTES`.
+        OSError: the file cannot be read.
+    """
+    if isinstance(path_or_file, (str, Path)):
+        with Path(path_or_file).open("rb") as file:
+            return load_restricted_joblib(file, skip=skip, inert=inert)
+    name = str(getattr(path_or_file, "name", "pickle"))
+    file = io.BufferedReader(cast(Any, path_or_file), BLOCK_BYTES)
+    try:
+        return _load_joblib(file, skip, inert)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    except (*_FAILURES, zlib.error) as error:
         raise CheckpointError(
-            f"asks for {full_name}, which is not plain data; nothing of it was run"
+            f"{name}: expected a pickle of plain arrays, got {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        file.detach()  # it is the caller's to close
+
+
+def _load_joblib(file: io.BufferedReader, skip: Collection[str], inert: Sequence[str]) -> object:
+    head = file.peek(8)[:8]
+    if head[:1] == b"\x78" or head[:2] == b"\x1f\x8b":
+        file = io.BufferedReader(_Inflated(cast(BinaryIO, file)), BLOCK_BYTES)
+    elif head[:1] != b"\x80":
+        raise CheckpointError(
+            f"expected a pickle, plain or compressed by zlib or gzip, got {head!r}"
         )
+    return _plain(_JoblibUnpickler(_Source(file), skip, inert).load(), {})
 
 
 def _as_bytes(data: object) -> bytes:
@@ -364,6 +601,10 @@ def _plain(value: object, done: dict[int, tuple[object, object]]) -> object:
         result = value.value
     elif isinstance(value, _Dtype):
         result = value.dtype
+    elif isinstance(value, _Inert):
+        result = Omitted(value.origin)
+    elif isinstance(value, _JoblibArray):
+        result = value.value
     elif isinstance(value, _SparseMatrix):
         result = _sparse_matrix(value, done)
     elif isinstance(value, _Chumpy):

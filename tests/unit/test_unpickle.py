@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import collections
+import gzip
 import io
 import os
 import pickle
@@ -11,6 +13,7 @@ import random
 import struct
 import sys
 import types
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,13 @@ import scipy.sparse
 
 from fourdh_batch.errors import CheckpointError
 from fourdh_batch.models import unpickle
-from fourdh_batch.models.unpickle import ChumpyFormula, load_restricted_pickle
+from fourdh_batch.models.unpickle import (
+    ChumpyFormula,
+    Omitted,
+    load_restricted_joblib,
+    load_restricted_pickle,
+)
+from tests.pose_files import joblib_bytes
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -412,3 +421,153 @@ def test_error_names_the_file(tmp_path: Path) -> None:
     path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(CheckpointError, match=r"SMPL_NEUTRAL\.pkl: asks for (posix|os)\.system"):
         load_restricted_pickle(path)
+
+
+# joblib
+
+# {"f": Fortran-ordered 2 x 3, "i": int16, "n": [np.float32(0.5), "x"], "z": (0, 3), "verts": 2 x 2}
+# written by joblib 1.6.0 with compress=3.
+WRITTEN_BY_JOBLIB = base64.b64decode(
+    "eF59UctKw0AUzaStrS3FFusDxH27MAtx4UJopeDCQBZuXEmYpKkTTdKQhxpBqAtrhNl583N+hV9gnUnStFjwwsy9l7mP"
+    "c85My8mXkNkLdCkaA92+m2iWqUlOaLuR6pr6vWUAbSs8Pfc8HF172HUNDz6h9wq8q+aHmm5h3wdaSbuAVp0R5rWsiFZ8"
+    "gl0DZFEuzVg28UasmaILFo+CiL2Q2iJi1eL4FD7id7iCrlyi6AwURbmcM0svWQhAo3VsWZNH1baxCzE9yJCm+1RsmbeO"
+    "bTiBqkWB4YPcCrU678ws55q72iALvvuZb+W5kPvOIJHzUopMIOWMMKmSOmnI4huQJkVDIFukTUXzeImb7KyjJnsx2edw"
+    "Gks4cyT8zJO42OHADdNzNyUkqfrEMyQ7tAIz05Ju+Dq2MFeeLxyf/L9wWGZz+zBjUlL0BAZFz38pCPxLSJMcMgqdAuCK"
+    "XsnRAlvlwfACf00DWSwG9IoBmyt6T5m2yxNKv4Yh8DM="
+)
+
+
+def joblib_value() -> dict[str, Any]:
+    return {
+        "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "i": np.array([1, -2], np.int16),
+        "n": [np.float32(0.5), "x"],
+        "z": np.zeros((0, 3)),
+        "verts": np.ones((2, 2), np.float32),
+    }
+
+
+def load_joblib(data: bytes, **options: Any) -> Any:
+    return load_restricted_joblib(io.BytesIO(data), **options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        WRITTEN_BY_JOBLIB,
+        joblib_bytes(joblib_value()),
+        joblib_bytes(joblib_value(), compress=True),
+        joblib_bytes(joblib_value(), alignment=None),
+        gzip.compress(joblib_bytes(joblib_value())),
+        *(pickle.dumps(joblib_value(), protocol) for protocol in (2, 3, 4, 5)),
+    ],
+    ids=["joblib", "plain", "zlib", "old", "gzip", "2", "3", "4", "5"],
+)
+def test_files_of_joblib_and_plain_pickles_come_through(data: bytes) -> None:
+    got = load_joblib(data)
+    for name, value in joblib_value().items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(got[name], value, strict=True)
+        else:
+            assert got[name] == value
+
+
+def test_our_stand_in_for_joblib_writes_its_very_bytes() -> None:
+    ours, real = joblib_bytes(joblib_value()), zlib.decompress(WRITTEN_BY_JOBLIB)
+    assert len(ours) == len(real)
+    assert ours[: ours.index(b"allow_mmap")] == real[: real.index(b"allow_mmap")]
+
+
+@pytest.mark.parametrize("data", [WRITTEN_BY_JOBLIB, joblib_bytes(joblib_value())])
+def test_unwanted_arrays_are_left_out(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = load_joblib(data, skip={"verts"})
+    assert got["verts"] == Omitted("array")
+    np.testing.assert_array_equal(got["i"], [1, -2])
+    large = joblib_bytes({"verts": np.zeros(10_000), "a": np.ones(3)})
+    monkeypatch.setattr(unpickle, "MAX_PICKLE_BYTES", 20_000)
+    np.testing.assert_array_equal(load_joblib(large, skip={"verts"})["a"], np.ones(3))
+    with pytest.raises(CheckpointError, match="at most 20000 bytes"):
+        load_joblib(large)
+    monkeypatch.setattr(unpickle, "MAX_SKIPPED_BYTES", 20_000)
+    with pytest.raises(CheckpointError, match="left out"):
+        load_joblib(large, skip={"verts"})
+
+
+def test_objects_of_a_tolerated_package_are_not_run() -> None:
+    import torch
+
+    data = pickle.dumps({"t": [torch.ones(2)], "a": 1})
+    with pytest.raises(CheckpointError, match=r"asks for torch"):
+        load_joblib(data)
+    got = load_joblib(data, inert=("torch",))
+    assert got["a"] == 1
+    assert isinstance(got["t"][0], Omitted)
+    with pytest.raises(CheckpointError, match=r"asks for \w+\.system"):
+        load_joblib(dump([Calls(os.system, "true")], 4), inert=("torch",))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Calls(os.system, "true"),
+        Calls(eval, "1"),
+        Calls(getattr, {}, "clear"),
+        Calls(np.load, "x"),
+        Calls(bytearray, 10**12),
+        Calls(np.zeros, 10**12),
+    ],
+    ids=["system", "eval", "getattr", "load", "bytearray", "zeros"],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_joblib_file_may_not_call_anything(value: object, protocol: int) -> None:
+    with pytest.raises(CheckpointError):
+        load_joblib(dump({"a": value}, protocol))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"BZh9",
+        b"\xfd7zXZ\x00",
+        b"ZF0x",
+        b"\x78\x9c" + b"junk",
+        b"\x80\x04\x96" + (2**40).to_bytes(8, "little") + b"x.",
+        b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",
+        b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.",
+        b"\x80\x04r" + b"\xff\xff\xff\xff" + b".",
+        b"\x80\x02Pname\n.",
+        b"\x80\x02\x82\x01.",
+        b"\x80\x02(ios\nsystem\n.",
+        b"\x80\x02}b.",
+    ],
+)
+def test_a_damaged_joblib_file_is_refused_without_taking_memory(data: bytes) -> None:
+    with pytest.raises(CheckpointError):
+        load_joblib(data)
+
+
+@pytest.mark.parametrize("data", [WRITTEN_BY_JOBLIB, joblib_bytes(joblib_value())])
+def test_a_joblib_file_cut_or_changed_anywhere_is_refused_or_plain(data: bytes) -> None:
+    for stop in range(len(data) - 8):  # the last bytes of a zlib file are its checksum
+        with pytest.raises(CheckpointError):
+            load_joblib(data[:stop])
+    rng = random.Random(3)
+    for _ in range(400):
+        changed = bytearray(data)
+        changed[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            load_joblib(bytes(changed))
+        except CheckpointError:
+            continue
+
+
+def test_an_array_of_joblib_must_fit_its_bytes() -> None:
+    good = joblib_bytes({"a": np.arange(4.0)})
+    for wrong in (b"K\x05", b"K\xff"):  # another length
+        data = good.replace(b"K\x04\x85", wrong + b"\x85")
+        assert data != good
+        with pytest.raises(CheckpointError):
+            load_joblib(data)
+    with pytest.raises(CheckpointError, match="O8"):
+        load_joblib(joblib_bytes({"a": np.array([None])}))
