@@ -382,15 +382,25 @@ class AppearanceProjection:
     more, because what only one of them sees is not left out. Rounding to float16 moves a distance,
     before it is squared, by at most 0.05 % of both vectors' lengths together.
 
-    Vectors can be compared when both seed and weights are the same.
+    That much more can drown the difference in colour. In the recorded sequences, where the sides
+    seen vary at random, two looks at one person are nearer than looks at two persons in 6 of 10
+    cases, with untrained weights. With `fill_unseen` what is not seen counts as seen, in the mean
+    colour of what is: then it is 9.4 to 10 of 10, and the distances are of the size of those of
+    section 4. How trained weights take such maps, which they have never met, is not known.
+
+    Vectors can be compared when weights, seed and `fill_unseen` are the same.
 
     Args:
         encoder: see `TextureEncoder`.
         seed: of the signs.
+        fill_unseen: see above.
     """
 
-    def __init__(self, encoder: TextureEncoder, *, seed: int = 0) -> None:
+    def __init__(
+        self, encoder: TextureEncoder, *, seed: int = 0, fill_unseen: bool = False
+    ) -> None:
         self.encoder = encoder
+        self.fill_unseen = fill_unseen
         stream = np.random.Generator(np.random.PCG64(zlib.crc32(f"{seed}:appearance".encode())))
         signs = np.where(stream.random((NUM_EMBEDDING, NUM_COMPACT)) < 0.5, -1, 1)
         scale = 1 / (EMBEDDING_SCALE * np.sqrt(NUM_COMPACT))
@@ -409,7 +419,12 @@ class AppearanceProjection:
         maps = _lay_out(_uv_vectors(textures.to(self.encoder.device)))
         vectors = maps.new_full((len(maps), NUM_COMPACT), torch.nan)
         rows = torch.nonzero(maps[..., 3].any(dim=2).any(dim=1))[:, 0]
-        embedding = self.encoder.embed(maps[rows].permute(0, 3, 1, 2))
+        maps = maps[rows]
+        if self.fill_unseen:
+            mask = maps[..., 3:]
+            mean = maps.sum(dim=(1, 2), keepdim=True) / mask.sum(dim=(1, 2), keepdim=True)
+            maps = torch.where(mask > 0, maps, mean)  # the mean of the mask itself is 1
+        embedding = self.encoder.embed(maps.permute(0, 3, 1, 2))
         with _tf32(False):
             vectors[rows] = embedding @ self._signs
         return vectors.half()
