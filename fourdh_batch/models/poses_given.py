@@ -62,6 +62,8 @@ INVALID_POSE = "invalid_pose"
 APPEARANCE_SIZE = 256
 NUM_ROTATIONS = 1 + NUM_BODY_JOINTS
 MAX_FRAMES = 10_000_000  # four days at 30 frames per second
+MAX_COORDINATE_PX = 1e9
+MAX_IMAGE_SIDE_PX = 1_000_000
 MAX_NPZ_BYTES = 4 * 2**30  # of the arrays that are wanted
 MAX_ROTATION_ERROR = 0.02  # of R R^T against the identity; engines write single precision
 MAX_SIZE_ERROR_PX = 0.5  # of a frame size that was computed back from cameras
@@ -394,8 +396,15 @@ def settle(rows: GivenRows, video_id: str, *, default_fps: float | None = None) 
         pred_cam=pred_cam[kept].astype(np.float32),
         box_center_px=center[kept].astype(np.float32),
         box_size_px=side[kept].astype(np.float32),
-        appearance=None if appearance is None else appearance[order[kept]].astype(np.float16),
+        appearance=None if appearance is None else _half(appearance[order[kept]]),
     )
+
+
+def _half(looks: NDArray[Any]) -> NDArray[np.float16]:
+    """Half precision; what does not fit counts as unknown looks."""
+    fits = np.abs(looks) <= np.finfo(np.float16).max
+    result: NDArray[np.float16] = np.where(fits, looks, np.nan).astype(np.float16)
+    return result
 
 
 def _check_rows(rows: GivenRows, video_id: str) -> None:
@@ -413,14 +422,18 @@ def _check_rows(rows: GivenRows, video_id: str) -> None:
             frame,
             f"a whole frame from 0 to {MAX_FRAMES - 1}",
         ),
-        (np.isfinite(box.sum(axis=1)), box, "a box with finite corners"),
+        (
+            np.asarray((np.abs(box) <= MAX_COORDINATE_PX).all(1), dtype=np.bool_),
+            box,
+            f"a box with finite corners, within {MAX_COORDINATE_PX:.0e} px",
+        ),
         (
             (box[:, 2] >= box[:, 0]) & (box[:, 3] >= box[:, 1]),
             box,
             "a box with left <= right and top <= bottom",
         ),
         (
-            np.isfinite(size).all(1) & (size >= 1).all(1) & (size == np.floor(size)).all(1),
+            ((size >= 1) & (size <= MAX_IMAGE_SIDE_PX) & (size == np.floor(size))).all(1),
             size,
             "a width and height in whole pixels",
         ),
@@ -431,9 +444,6 @@ def _check_rows(rows: GivenRows, video_id: str) -> None:
         checks.append(((score >= 0) & (score <= 1), score, "a score from 0 to 1"))
     if rows.pts_s is not None:
         checks.append((np.isfinite(rows.pts_s), rows.pts_s, "a finite time"))
-    if rows.appearance is not None and rows.drop_reason is None:
-        looks = np.asarray(rows.appearance)
-        checks.append((np.isfinite(looks).all(1), looks[:, :1], "finite looks"))
     for is_good, values, expected in checks:
         if not is_good.all():
             row = int(np.argmin(is_good))
@@ -559,7 +569,8 @@ class _Fields:
         pose = self.take(name, (n, NUM_ROTATIONS, 3, 3), (n, 3 * NUM_ROTATIONS), (n, 24, 3))
         if pose.ndim == 4:
             return pose
-        return np.asarray(axis_angle_to_rotmat(pose.reshape(n, NUM_ROTATIONS, 3)))
+        with np.errstate(invalid="ignore", over="ignore"):  # such a body is marked later
+            return np.asarray(axis_angle_to_rotmat(pose.reshape(n, NUM_ROTATIONS, 3)))
 
     def shape_coefficients(self, name: str, n: int) -> F64:
         """(n, 10): the first ten; those that are not there are 0."""

@@ -229,14 +229,31 @@ def test_a_person_without_a_usable_body_stays_as_a_box(tmp_path: Path) -> None:
     w = walkers()
     content = pose_files.npz_content(w)
     content["poses"][3, 5] = np.nan
+    content["poses"][6, 5] = np.inf
     content["betas"][4, 0] = np.inf
     content["pred_cam"] = w.pred_cam.copy()
     content["pred_cam"][5, 0] = 1e300
     pose_files.write_npz(tmp_path / "clip.npz", content)
     poses = read(tmp_path / "clip.npz")
-    assert np.flatnonzero(poses.drop_reason == "invalid_pose").tolist() == [3, 4, 5]
-    assert len(poses.betas) == 21
+    assert np.flatnonzero(poses.drop_reason == "invalid_pose").tolist() == [3, 4, 5, 6]
+    assert len(poses.betas) == 20
     assert np.isfinite(poses.body_pose).all()
+
+
+def test_looks_and_cuts_come_from_columns(tmp_path: Path) -> None:
+    w = walkers()
+    frame = pose_files.parquet_frame(w, "clip")
+    looks = RNG.normal(size=(24, 256))
+    looks[3] = 1e9
+    frame["appearance"] = [None if k == 2 else row for k, row in enumerate(looks)]
+    frame["is_shot_start"] = w.frame_index == 7
+    frame.to_parquet(tmp_path / "clip.parquet")
+    poses = read(tmp_path / "clip.parquet")
+    assert poses.appearance is not None
+    unknown = np.isnan(poses.appearance).all(axis=1)
+    assert np.flatnonzero(unknown).tolist() == [2, 3]
+    assert np.allclose(poses.appearance[~unknown], looks[~unknown], atol=4e-3)
+    assert np.flatnonzero(poses.is_shot_start).tolist() == [7]
 
 
 def test_a_body_behind_the_camera_is_left_to_the_tracker(tmp_path: Path) -> None:
@@ -268,6 +285,8 @@ def test_a_body_behind_the_camera_is_left_to_the_tracker(tmp_path: Path) -> None
         ({"num_frames": 5}, "expected 5 frames, got a box in frame 11"),
         ({"fps": 0.0}, "fps: expected more than 0"),
         ({"bbox_xyxy_px": np.full((24, 4), np.nan)}, "finite corners"),
+        ({"bbox_xyxy_px": np.full((24, 4), 1e300)}, "finite corners"),
+        ({"image_size_px": np.array([1e300, 1e300])}, "width and height"),
         ({"bbox_xyxy_px": np.tile([9.0, 9, 1, 1], (24, 1))}, "left <= right"),
         ({"poses": None, "rotmat": np.full((24, 24, 3, 3), 0.5)}, "rotation matrices"),
         ({"poses": None, "rotmat": np.tile(-np.eye(3), (24, 24, 1, 1))}, "rotation matrices"),
