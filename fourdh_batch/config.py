@@ -161,10 +161,15 @@ class ClusterConfig:
         address: `auto` (the cluster this job was submitted to, else a new local one), `local`,
             or `ray://...`.
         gpu_actors: model processes; 0: one per GPU of the cluster, or one on a CPU machine.
-        gpus_per_actor: share of a GPU per model process; used where the cluster has GPUs.
+        gpus_per_actor: share of a GPU per model process; used where the cluster has GPUs. With
+            its trackers' shares it should add up to 1.
         cpus_per_actor: cores reserved per model process.
         cpus_per_decoder: cores reserved per decoding process.
         trackers_per_actor: tracking processes per model process.
+        gpus_per_tracker: share of a GPU per tracking process, for its texture encoder and pose
+            predictor; taken only where weights for them are given. 0: they run on a core.
+        checkpoint_frames: a tracking process saves the state of a video every so many frames, so
+            that after a death only frames behind it are done again.
         units_per_actor: videos a model process works on at once, so that decoding one overlaps
             with computing another.
         chunks_ahead: chunks decoded ahead per video.
@@ -174,10 +179,12 @@ class ClusterConfig:
 
     address: str = "auto"
     gpu_actors: int = 0
-    gpus_per_actor: float = 1.0
+    gpus_per_actor: float = 0.9
     cpus_per_actor: float = 1.0
     cpus_per_decoder: float = 1.0
     trackers_per_actor: int = 1
+    gpus_per_tracker: float = 0.1
+    checkpoint_frames: int = 512
     units_per_actor: int = 2
     chunks_ahead: int = 2
     progress_timeout_s: float = 900.0
@@ -416,6 +423,24 @@ def _impossible(config: JobConfig) -> list[str]:
             cluster.trackers_per_actor >= 1,
             "at least 1",
             cluster.trackers_per_actor,
+        ),
+        (
+            "cluster.gpus_per_tracker",
+            cluster.gpus_per_tracker >= 0,
+            "0 or more",
+            cluster.gpus_per_tracker,
+        ),
+        (
+            "cluster.checkpoint_frames",
+            cluster.checkpoint_frames >= 1,
+            "at least 1",
+            cluster.checkpoint_frames,
+        ),
+        (
+            "tracker.device",
+            tracker.device == "auto" or tracker.device.split(":")[0] in ("cpu", "cuda"),
+            "auto, cpu or cuda",
+            tracker.device,
         ),
         (
             "cluster.units_per_actor",

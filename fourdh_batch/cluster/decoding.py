@@ -20,12 +20,15 @@ class DecoderStarted:
 
 
 def decode_chunks(
-    video: Video, config: VideoConfig
+    video: Video, config: VideoConfig, start: int = 0
 ) -> Iterator[DecoderStarted | FrameChunk | DecodeSummary | VideoError]:
-    """Chunks of one video, then how it ended; a typed error is handed out, not raised."""
+    """Chunks of one video from frame `start` on, then how it ended.
+
+    A typed error is handed out, not raised.
+    """
     yield DecoderStarted()
     try:
-        yield from read_chunks(video, config)
+        yield from read_chunks(video, config, start=start)
     except VideoError as error:
         yield error
 

@@ -92,14 +92,14 @@ class ModelWorker:
         """
         if isinstance(self._engine, Exception):
             raise self._engine
-        ray.get(tracker.begin.remote(unit, shard, video))
+        start: int = ray.get(tracker.begin.remote(unit, shard, video))
         unacknowledged: deque[Any] = deque()
-        num_frames = 0
+        num_frames = start
         summary: DecodeSummary | None = None
         try:
-            for item in self._decode(video):
+            for item in self._decode(video, start):
                 if isinstance(item, DecoderStarted):
-                    journal.report.remote(unit, 0)
+                    journal.report.remote(unit, num_frames)
                     continue
                 if isinstance(item, VideoError):
                     return ray.get(tracker.fail.remote(unit, item))  # type: ignore[no-any-return]
@@ -128,14 +128,14 @@ class ModelWorker:
             raise
 
     def _decode(
-        self, video: Video
+        self, video: Video, start: int
     ) -> Iterator[DecoderStarted | FrameChunk | DecodeSummary | VideoError]:
         config = self._config
         stream = decode_video.options(
             num_cpus=config.cluster.cpus_per_decoder,
             _generator_backpressure_num_objects=config.cluster.chunks_ahead,
-        ).remote(video, config.video)
-        num_frames = 0
+        ).remote(video, config.video, start)
+        num_frames = start
         timeout_s: float | None = None  # waiting for a free core is nobody's fault
         try:
             while True:

@@ -365,7 +365,8 @@ class _Scheduler:
         """As many as asked for, or one per GPU; but every lane needs cores for a decoder too."""
         cluster = self._config.cluster
         resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0) / cluster.gpus_per_actor)
+        share = cluster.gpus_per_actor + cluster.trackers_per_actor * cluster.gpus_per_tracker
+        gpus = int(resources.get("GPU", 0) / share)
         wanted = cluster.gpu_actors or max(1, gpus)
         cpus = resources.get("CPU", 0)
         room = max(1, int(cpus / (cluster.cpus_per_actor + cluster.cpus_per_decoder)))
@@ -383,18 +384,24 @@ class _Scheduler:
 
     def _start_lane(self) -> _Lane:
         cluster = self._config.cluster
-        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-        wants_gpu = has_gpu and not self._config.hmr.device.startswith("cpu")
         model = ModelActor.options(
             num_cpus=cluster.cpus_per_actor,
-            num_gpus=cluster.gpus_per_actor if wants_gpu else 0,
+            num_gpus=cluster.gpus_per_actor if self._wants_gpu() else 0,
             max_concurrency=cluster.units_per_actor + 1,
         ).remote(self._config)
         trackers = [self._start_tracker() for _ in range(cluster.trackers_per_actor)]
         return _Lane(model, trackers)
 
     def _start_tracker(self) -> Any:
-        return TrackerActor.options(num_cpus=0).remote(self._config, self._card)
+        tracker = self._config.tracker
+        has_networks = bool(tracker.texture_weights or tracker.predictor_weights)
+        wants_gpu = has_networks and not tracker.device.startswith("cpu") and self._wants_gpu()
+        share = self._config.cluster.gpus_per_tracker if wants_gpu else 0
+        return TrackerActor.options(num_cpus=0, num_gpus=share).remote(self._config, self._card)
+
+    def _wants_gpu(self) -> bool:
+        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        return has_gpu and not self._config.hmr.device.startswith("cpu")
 
     def _dispatch(self) -> None:
         """Feed idle places; suspects wait for an empty lane."""

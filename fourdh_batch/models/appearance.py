@@ -375,32 +375,25 @@ class TextureMemory:
 class AppearanceProjection:
     """Looks of a detection in 256 numbers, small enough to be stored for every detection.
 
-    The embedding of a map, cut by its own mask alone and divided by 1000, is multiplied by a fixed
-    matrix of random signs. A hundred times the squared distance of two such vectors estimates the
-    distance of section 4 of maps that see the same texels, with a relative standard deviation of
-    `sqrt(2 / 256)` = 9 % (Johnson and Lindenstrauss); of maps that see different ones it says
-    more, because what only one of them sees is not left out. Rounding to float16 moves a distance,
-    before it is squared, by at most 0.05 % of both vectors' lengths together.
+    What is not seen of a person counts as seen, in the mean colour of what is: cut by its own mask
+    alone a map would mostly tell which side of the person is visible (in the recorded sequences
+    two looks at one person are then nearer than looks at two persons in 6 of 10 cases, filled in
+    9.4 to 10 of 10, with untrained weights; how trained weights take filled maps is not known).
+    The embedding of the filled map, divided by 1000, is multiplied by a fixed matrix of random
+    signs. A hundred times the squared distance of two such vectors estimates that of the whole
+    embeddings with a relative standard deviation of `sqrt(2 / 256)` = 9 % (Johnson and
+    Lindenstrauss), and is of the size of the distance of section 4. Rounding to float16 moves a
+    distance, before it is squared, by at most 0.05 % of both vectors' lengths together.
 
-    That much more can drown the difference in colour. In the recorded sequences, where the sides
-    seen vary at random, two looks at one person are nearer than looks at two persons in 6 of 10
-    cases, with untrained weights. With `fill_unseen` what is not seen counts as seen, in the mean
-    colour of what is: then it is 9.4 to 10 of 10, and the distances are of the size of those of
-    section 4. How trained weights take such maps, which they have never met, is not known.
-
-    Vectors can be compared when weights, seed and `fill_unseen` are the same.
+    Vectors can be compared when weights and seed are the same.
 
     Args:
         encoder: see `TextureEncoder`.
         seed: of the signs.
-        fill_unseen: see above.
     """
 
-    def __init__(
-        self, encoder: TextureEncoder, *, seed: int = 0, fill_unseen: bool = False
-    ) -> None:
+    def __init__(self, encoder: TextureEncoder, *, seed: int = 0) -> None:
         self.encoder = encoder
-        self.fill_unseen = fill_unseen
         stream = np.random.Generator(np.random.PCG64(zlib.crc32(f"{seed}:appearance".encode())))
         signs = np.where(stream.random((NUM_EMBEDDING, NUM_COMPACT)) < 0.5, -1, 1)
         scale = 1 / (EMBEDDING_SCALE * np.sqrt(NUM_COMPACT))
@@ -420,10 +413,9 @@ class AppearanceProjection:
         vectors = maps.new_full((len(maps), NUM_COMPACT), torch.nan)
         rows = torch.nonzero(maps[..., 3].any(dim=2).any(dim=1))[:, 0]
         maps = maps[rows]
-        if self.fill_unseen:
-            mask = maps[..., 3:]
-            mean = maps.sum(dim=(1, 2), keepdim=True) / mask.sum(dim=(1, 2), keepdim=True)
-            maps = torch.where(mask > 0, maps, mean)  # the mean of the mask itself is 1
+        mask = maps[..., 3:]
+        mean = maps.sum(dim=(1, 2), keepdim=True) / mask.sum(dim=(1, 2), keepdim=True)
+        maps = torch.where(mask > 0, maps, mean)  # the mean of the mask itself is 1
         embedding = self.encoder.embed(maps.permute(0, 3, 1, 2))
         with _tf32(False):
             vectors[rows] = embedding @ self._signs

@@ -17,14 +17,18 @@ import torch
 
 from fourdh_batch.config import JobConfig, require
 from fourdh_batch.errors import CheckpointError, ConfigError
+from fourdh_batch.models.appearance import AppearanceProjection
 from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, untrained_hmr2, weights_origin
 from fourdh_batch.models.detector import DETECTORS, Detector, build_detector, drop_reasons
-from fourdh_batch.models.smpl import SmplBody, load_body
+from fourdh_batch.models.smpl import NUM_FACES, SmplBody, load_body
+from fourdh_batch.models.texture import Atlas, TextureSampler, body_atlas, load_atlas
+from fourdh_batch.pipeline.following import load_encoder, load_predictor
 from fourdh_batch.pipeline.reconstruct import Reconstructor
 from fourdh_batch.pipeline.records import UNTRAINED, ChunkResult, ModelCard
 from fourdh_batch.storage import open_read
 from fourdh_batch.tables.manifest import CODE_VERSION, fingerprint_of
 from fourdh_batch.tables.schema import TABLES, schema_version
+from fourdh_batch.tracking.completion import MAX_SLOTS
 from fourdh_batch.types import FrameChunk
 
 logger = logging.getLogger(__name__)
@@ -136,13 +140,38 @@ def build_engine(config: JobConfig) -> Engine:
         boxes_format=config.detector.boxes_format,
         boxes_time_offset_s=config.detector.boxes_time_offset_s,
     )
+    sampler, projection = _looks(config, body, device)
     return Engine(
         detector,
-        Reconstructor(model, batch_size=hmr.batch_size or None, device=device),
+        Reconstructor(
+            model,
+            batch_size=hmr.batch_size or None,
+            device=device,
+            sampler=sampler,
+            embed=projection,
+        ),
         score_threshold=config.detector.score_threshold,
         min_width_px=config.detector.min_width_px,
         min_height_px=config.detector.min_height_px,
     )
+
+
+def _looks(
+    config: JobConfig, body: SmplBody, device: torch.device
+) -> tuple[TextureSampler | None, AppearanceProjection | None]:
+    """What takes texture maps off people, and what makes compact vectors of them."""
+    wanted = config.tracker
+    if not wanted.texture_weights:
+        return None, None
+    sampler = TextureSampler(body.faces, _load_atlas(config, body)).to(device)
+    if not wanted.store_appearance:
+        return sampler, None
+    return sampler, AppearanceProjection(load_encoder(wanted.texture_weights, device))
+
+
+def _load_atlas(config: JobConfig, body: SmplBody) -> Atlas:
+    folder = config.tracker.atlas
+    return load_atlas(folder, num_faces=NUM_FACES) if folder else body_atlas(body)
 
 
 def model_card(config: JobConfig) -> ModelCard:
@@ -187,7 +216,7 @@ def model_card(config: JobConfig) -> ModelCard:
         "body": body.digest,
         "detector": {**asdict(wanted), "path": detector},
         "shots": config.video.detect_shots,
-        "tracker": asdict(config.tracker),
+        "tracker": {**asdict(config.tracker), **_tracker_digests(config, body)},
     }
     return ModelCard(
         fingerprint=fingerprint_of(settings),
@@ -195,7 +224,43 @@ def model_card(config: JobConfig) -> ModelCard:
         weights_origin=origin,
         body=f"{body.name}:{body.digest[:16]}",
         detector=f"{wanted.name}:{detector[:16]}",
+        cues=cues(config),
     )
+
+
+def cues(config: JobConfig) -> str:
+    """What the tracker's cost is made of, in words."""
+    wanted = config.tracker
+
+    def named(weights: str, text: str) -> str:
+        return f"{text} ({UNTRAINED})" if weights == UNTRAINED else text
+
+    pose, texture = wanted.predictor_weights, wanted.texture_weights
+    return " + ".join(
+        [
+            "location (ridge)",
+            named(pose, "pose (predicted)") if pose else "pose (last seen)",
+            named(texture, "texture") if texture else "no texture",
+        ]
+    )
+
+
+def _tracker_digests(config: JobConfig, body: SmplBody) -> dict[str, str]:
+    """Digests in the place of the paths among the tracker's settings; checks the files."""
+    wanted, digests = config.tracker, {}
+    if wanted.texture_weights:
+        digests["texture_weights"] = load_encoder(wanted.texture_weights, "cpu").weights_digest
+        digests["atlas"] = _load_atlas(config, body).digest
+    if wanted.predictor_weights:
+        predictor = load_predictor(wanted.predictor_weights, "cpu")
+        digests["predictor_weights"] = predictor.weights_digest
+        if predictor.frame_length <= MAX_SLOTS:
+            raise CheckpointError(
+                f"tracker.predictor_weights={wanted.predictor_weights}: expected more than "
+                f"{MAX_SLOTS} frames, as completing missed ones needs, got "
+                f"{predictor.frame_length}"
+            )
+    return digests
 
 
 def build_given(config: JobConfig) -> Detector:

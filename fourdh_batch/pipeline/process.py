@@ -13,9 +13,10 @@ import pandas as pd
 
 from fourdh_batch.config import JobConfig, load_config
 from fourdh_batch.pipeline.engine import Engine, build_engine, model_card
+from fourdh_batch.pipeline.following import TrackerModels
 from fourdh_batch.pipeline.plan import Video
 from fourdh_batch.pipeline.records import ModelCard
-from fourdh_batch.pipeline.shard import VideoOutcome, VideoTracking, keypoints_of, run_video
+from fourdh_batch.pipeline.shard import VideoOutcome, VideoTracking, run_video
 from fourdh_batch.storage import fingerprint_file
 from fourdh_batch.tables.writer import MemorySpool
 
@@ -25,6 +26,7 @@ class Models:
     """Loaded models with the settings that made them; see `load_models`."""
 
     engine: Engine
+    tracker: TrackerModels
     card: ModelCard
     config: JobConfig
 
@@ -56,7 +58,7 @@ def load_models(*words: str, yaml: str | Path | None = None) -> Models:
     """
     config = load_config(yaml, words)
     card = model_card(config)  # finds what is wrong before anything is loaded
-    return Models(build_engine(config), card, config)
+    return Models(build_engine(config), TrackerModels(config), card, config)
 
 
 def process_video(
@@ -84,7 +86,7 @@ def process_video(
         config=models.config,
         card=models.card,
         spool=spool,
-        keypoints=keypoints_of(models.config),
+        models=models.tracker,
     )
     outcome = run_video(video, models.engine, tracking, models.config)
     tables: dict[str, Any] = spool.tables()

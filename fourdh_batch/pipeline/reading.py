@@ -16,8 +16,10 @@ from fourdh_batch.video.isolate import decode_chunks, decode_isolated, run_isola
 _MIB = 1 << 20
 
 
-def read_chunks(video: Video, config: VideoConfig) -> Iterator[FrameChunk | DecodeSummary]:
-    """Decode a video in this process: its chunks, then how it ended.
+def read_chunks(
+    video: Video, config: VideoConfig, *, start: int = 0
+) -> Iterator[FrameChunk | DecodeSummary]:
+    """Decode a video in this process, from frame `start` on: its chunks, then how it ended.
 
     A remote video is read by ranges as the decoder asks for them.
 
@@ -28,21 +30,23 @@ def read_chunks(video: Video, config: VideoConfig) -> Iterator[FrameChunk | Deco
     _check_still_there(video)
     if is_local(video.uri):
         with VideoReader(str(local_path(video.uri)), **options) as reader:
-            yield from reader.chunks(**_chunk_options(config))
+            yield from reader.chunks(**_chunk_options(config, start))
             yield reader.summary
         return
     with _open_remote(video.uri, video.video_id) as file, VideoReader(file, **options) as reader:
-        yield from reader.chunks(**_chunk_options(config))
+        yield from reader.chunks(**_chunk_options(config, start))
         yield reader.summary
 
 
-def read_chunks_isolated(video: Video, config: VideoConfig) -> Iterator[FrameChunk | DecodeSummary]:
+def read_chunks_isolated(
+    video: Video, config: VideoConfig, *, start: int = 0
+) -> Iterator[FrameChunk | DecodeSummary]:
     """The same from a child process that may crash, hang or eat memory without harm here.
 
     Raises:
         VideoError: also when the child dies or hands out nothing for too long.
     """
-    options = {**_reader_options(video, config), **_chunk_options(config)}
+    options = {**_reader_options(video, config), **_chunk_options(config, start)}
     _check_still_there(video)
     memory_limit_bytes = config.decoder_memory_mb * _MIB or None
     if is_local(video.uri):
@@ -94,8 +98,9 @@ def _reader_options(video: Video, config: VideoConfig) -> dict[str, Any]:
     }
 
 
-def _chunk_options(config: VideoConfig) -> dict[str, Any]:
+def _chunk_options(config: VideoConfig, start: int) -> dict[str, Any]:
     return {
+        "start": start,
         "chunk_frames": config.chunk_frames,
         "max_chunk_bytes": config.max_chunk_mb * _MIB,
         "score_shots": config.detect_shots,

@@ -68,4 +68,4 @@ class ModelCard:
     weights_origin: str
     body: str
     detector: str
-    cues: str = "location (ridge) + pose (last seen); no texture"
+    cues: str

@@ -12,31 +12,36 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fourdh_batch.config import JobConfig, to_dict
-from fourdh_batch.errors import FourdhError, VideoError
+from fourdh_batch.errors import FourdhError, StorageError, VideoError
+from fourdh_batch.pipeline.checkpoint import pack_state, unpack_state
+from fourdh_batch.pipeline.following import TrackerModels
 from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.reading import read_chunks_isolated
 from fourdh_batch.pipeline.records import ChunkResult, ModelCard
-from fourdh_batch.pipeline.rows import Keypoints, RowBuilder, Rows
+from fourdh_batch.pipeline.rows import RowBuilder, Rows
 from fourdh_batch.storage import Store, redact_uri
 from fourdh_batch.tables.manifest import CommitRecord, fingerprint_of
 from fourdh_batch.tables.schema import make_table
 from fourdh_batch.tables.writer import VideoSpool, publish_shard
-from fourdh_batch.tracking.tracker import PhalpTracker, TrackerSettings
-from fourdh_batch.types import F32, Damage, DecodeSummary, FrameDetections
+from fourdh_batch.types import Damage, DecodeSummary, FrameDetections
 from fourdh_batch.video.shots import ShotRule
 
 if TYPE_CHECKING:
-    from fourdh_batch.models.smpl import SmplBody
     from fourdh_batch.pipeline.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 OK, PARTIAL, FAILED, QUARANTINED = "ok", "partial", "failed", "quarantined"
 _MIB = 1 << 20
+
+Looks = NDArray[Any]
 
 
 class Spool(Protocol):
@@ -102,7 +107,7 @@ class VideoTracking:
         config: settings of the job.
         card: the models.
         spool: takes the finished rows.
-        keypoints: the body model.
+        models: of the tracking process.
     """
 
     def __init__(
@@ -114,41 +119,45 @@ class VideoTracking:
         config: JobConfig,
         card: ModelCard,
         spool: Spool,
-        keypoints: Keypoints,
+        models: TrackerModels,
     ) -> None:
         self._video = video
         self._shard_id = shard_id
         self._dataset = dataset
         self._card = card
         self._spool = spool
-        self._tracker = PhalpTracker(
-            TrackerSettings(
-                gate=config.tracker.gate,
-                n_init=config.tracker.n_init,
-                max_age=config.tracker.max_age,
-            )
-        )
+        self._tracker = models.new_tracker()
         self._rows = RowBuilder(
             dataset=dataset,
             video_id=video.video_id,
             card=card,
-            keypoints=keypoints,
+            keypoints=models.keypoints,
+            completer=models.predictor,
             keep_predicted=config.tracker.keep_predicted,
+            keep_reconstructions=config.tracker.store_appearance,
         )
         self._shots = ShotRule() if config.video.detect_shots else None
-        self._undecided: deque[tuple[int, tuple[int, int]]] = deque()  # frame, image size
+        # Frames that wait for their shot: index, image size, looks of their people.
+        self._undecided: deque[tuple[int, tuple[int, int], Looks | None]] = deque()
         self._cuts: set[int] = set()
         self._shot_id = 0
         self._num_frames = 0
         self._num_rows = 0
+        self._next_frame = 0
+        self._lost_frames = False
         self._started = time.monotonic()
 
     def add(self, result: ChunkResult) -> None:
         """The next chunk; what it settles goes to the spool."""
         self._rows.hold(result)
         size = result.image_size_wh
-        self._undecided.extend((frame, size) for frame in result.frame_index.tolist())
-        self._num_frames += len(result.frame_index)
+        looks = result.texture if result.texture is not None else result.appearance
+        frames = result.frame_index.tolist()
+        for frame, people in zip(frames, people_of_frames(result), strict=True):
+            self._undecided.append((frame, size, None if looks is None else looks[people]))
+        self._num_frames += len(frames)
+        self._lost_frames |= frames[-1] + 1 - self._next_frame != len(frames)
+        self._next_frame = frames[-1] + 1
         if self._shots is None:
             self._track()
         else:
@@ -188,6 +197,51 @@ class VideoTracking:
         }
         return self._close(status, None, [failure])
 
+    @property
+    def next_frame(self) -> int:
+        """The frame that is wanted next."""
+        return self._next_frame
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether a reader that starts in the middle would tell the same of this video.
+
+        Not after damage: what was lost is told by the reader that met it.
+        """
+        return not self._lost_frames
+
+    def state(self) -> bytes:
+        """Everything but the rows already handed to the spool, for `restore` in another process."""
+        return pack_state(
+            {
+                "tracker": self._tracker.state(),
+                "rows": self._rows.state(),
+                "shots": None if self._shots is None else self._shots.state(),
+                "undecided": list(self._undecided),
+                "cuts": sorted(self._cuts),
+                "counts": [self._shot_id, self._num_frames, self._num_rows, self._next_frame],
+                "seconds": time.monotonic() - self._started,
+            }
+        )
+
+    def restore(self, data: bytes) -> None:
+        """Go on from `state`; `next_frame` is wanted next.
+
+        Raises:
+            StorageError: the bytes are damaged.
+        """
+        state = unpack_state(data)
+        self._tracker.restore(state["tracker"])
+        self._rows.restore(state["rows"])
+        if self._shots is not None:
+            self._shots.restore(state["shots"])
+        self._undecided = deque(
+            (frame, tuple(size), looks) for frame, size, looks in state["undecided"]
+        )
+        self._cuts = set(state["cuts"])
+        self._shot_id, self._num_frames, self._num_rows, self._next_frame = state["counts"]
+        self._started = time.monotonic() - state["seconds"]
+
     def _close(
         self, status: str, summary: DecodeSummary | None, failures: list[dict[str, Any]]
     ) -> VideoOutcome:
@@ -213,6 +267,7 @@ class VideoTracking:
             "num_shots": self._shot_id + 1 if self._num_frames else 0,
             "num_tracks": len(self._rows.track_len),
             "num_detections": self._rows.num_detections,
+            "frame_runs": self._rows.frame_runs,
         }
         if info is not None:
             row |= {
@@ -256,7 +311,7 @@ class VideoTracking:
     def _track(self, *, before: int | None = None) -> None:
         """Hand the tracker the frames whose shot is known, in order."""
         while self._undecided and (before is None or self._undecided[0][0] < before):
-            frame_index, image_size_wh = self._undecided.popleft()
+            frame_index, image_size_wh, looks = self._undecided.popleft()
             is_cut = frame_index in self._cuts
             if is_cut:
                 self._cuts.remove(frame_index)
@@ -270,6 +325,7 @@ class VideoTracking:
                     score=score,
                     people=people,
                     is_shot_start=is_cut,
+                    appearance=looks,
                 )
             )
             self._rows.tracked(tracked, shot_id=self._shot_id)
@@ -284,6 +340,13 @@ class VideoTracking:
             self._spool.append("tracks", rows.tracks)
         if rows.detections.num_rows:
             self._spool.append("detections", rows.detections)
+
+
+def people_of_frames(result: ChunkResult) -> list[slice]:
+    """Which people of a chunk belong to each of its frames."""
+    frame_row = result.detections.frame_row[result.drop_reason == ""]
+    ends = np.searchsorted(frame_row, np.arange(len(result.frame_index) + 1)).tolist()
+    return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 def video_fingerprint(video: Video, card: ModelCard) -> str:
@@ -309,27 +372,53 @@ def process_shard(
     Raises:
         FourdhError: settings, weights or storage; errors of a video become rows in `failures`.
     """
-    keypoints = keypoints_of(config)
+    models = TrackerModels(config)
     outcomes = []
     for video in shard.videos:
         spool = VideoSpool(store, shard.shard_id, video.video_id)
         outcome = finished_outcome(spool, video, card)
         if outcome is None:
-            spool.discard()
-            tracking = VideoTracking(
-                video,
-                shard_id=shard.shard_id,
-                dataset=shard.dataset,
-                config=config,
-                card=card,
-                spool=spool,
-                keypoints=keypoints,
-            )
+            tracking = begin_video(video, shard, spool, config, card, models)
             outcome = run_video(video, engine, tracking, config, on_frames)
         outcomes.append(outcome)
     report = publish(store, config, card, shard, outcomes)
     logger.info("%s", report.line())
     return report
+
+
+def begin_video(
+    video: Video,
+    shard: Shard,
+    spool: VideoSpool,
+    config: JobConfig,
+    card: ModelCard,
+    models: TrackerModels,
+) -> VideoTracking:
+    """Go on with a video where an earlier attempt saved its state, else start afresh."""
+
+    def tracking() -> VideoTracking:
+        return VideoTracking(
+            video,
+            shard_id=shard.shard_id,
+            dataset=shard.dataset,
+            config=config,
+            card=card,
+            spool=spool,
+            models=models,
+        )
+
+    state = spool.saved(video_fingerprint(video, card))
+    if state is not None:
+        resumed = tracking()
+        try:
+            resumed.restore(state)
+        except StorageError as error:
+            logger.warning("video %s: starts anew: %s", video.video_id, error)
+        else:
+            logger.info("video %s: goes on at frame %d", video.video_id, resumed.next_frame)
+            return resumed
+    spool.discard()  # whatever an earlier attempt left
+    return tracking()
 
 
 def run_video(
@@ -341,7 +430,7 @@ def run_video(
 ) -> VideoOutcome:
     """One video through decoder, models and tracker, in this process."""
     try:
-        for item in read_chunks_isolated(video, config.video):
+        for item in read_chunks_isolated(video, config.video, start=tracking.next_frame):
             if isinstance(item, DecodeSummary):
                 return tracking.finish(item)
             [result] = engine.run([item])
@@ -382,31 +471,9 @@ def record_failure(
         config=config,
         card=card,
         spool=spool,
-        keypoints=keypoints_of(config),
+        models=TrackerModels(config),
     )
     return tracking.fail(error, status=status, attempts=attempts)
-
-
-def keypoints_of(config: JobConfig) -> Keypoints:
-    """The body model of the settings as a function of arrays; loaded, with torch, when needed."""
-
-    @cache
-    def body() -> SmplBody:
-        from fourdh_batch.models.smpl import load_body
-
-        return load_body(
-            config.hmr.body or None, extra_regressor=config.hmr.extra_regressor or None
-        )
-
-    def keypoints(global_orient: F32, body_pose: F32, betas: F32) -> F32:
-        import torch
-
-        pose = (torch.from_numpy(x) for x in (global_orient, body_pose, betas))
-        with torch.inference_mode():
-            result: F32 = body().keypoints_3d(*pose).numpy()
-        return result
-
-    return keypoints
 
 
 def publish(

@@ -307,6 +307,48 @@ class VideoSpool:
         self._num_rows = {name: int(checkpoint["num_rows"][name]) for name in TABLES}
         self._order.restore(checkpoint["last"])
 
+    def save(self, state: bytes, fingerprint: str) -> int:
+        """Write all waiting rows and, behind them, a state from which another process can go on.
+
+        Args:
+            state: of whoever makes the rows, as of the last appended one.
+            fingerprint: of what the rows are made from.
+        Returns:
+            Bytes of the object.
+        """
+        head = json.dumps({**self.checkpoint(), "fingerprint": fingerprint}).encode()
+        body = len(head).to_bytes(8, "little") + head + state
+        self._store.write_bytes(self._state_key, body)
+        return len(body)
+
+    def saved(self, fingerprint: str) -> bytes | None:
+        """The state that was last saved; this spool then goes on behind the rows from before it.
+
+        Returns:
+            None where nothing was saved, or for another fingerprint, or rows from before it are
+            gone: the video then starts anew.
+        """
+        try:
+            body = self._store.read_bytes(self._state_key)
+        except FileNotFoundError:
+            return None
+        end = 8 + int.from_bytes(body[:8], "little")
+        try:
+            checkpoint = json.loads(body[8:end])
+        except ValueError:
+            return None
+        if checkpoint["fingerprint"] != fingerprint:
+            return None
+        parts = [part for parts in checkpoint["parts"].values() for part in parts]
+        if not all(self._store.exists(f"{self._prefix}/{part}") for part in parts):
+            return None
+        self.resume(checkpoint)
+        return body[end:]
+
+    @property
+    def _state_key(self) -> str:
+        return f"{self._prefix}/state.bin"
+
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """All rows are there.
 

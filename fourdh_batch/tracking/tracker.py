@@ -33,23 +33,19 @@ from fourdh_batch.tracking.location import (
     camera_of,
     copied_location,
     locate,
+    moved_box,
     predict_location,
 )
+from fourdh_batch.tracking.pose import MAX_MAGNITUDE, pose_vectors, split_pose_vectors
 from fourdh_batch.tracking.track import DetectionRefs, Tracks
 from fourdh_batch.types import (
     F32,
     F64,
     I64,
-    NUM_BETAS,
-    NUM_BODY_JOINTS,
     Bool,
     FrameDetections,
-    People,
 )
 
-DEPTH_IN_POSE = 200.0  # a pose vector ends with (tx, ty, tz / 200) (section 2.5)
-# No picture comes near it; larger numbers are garbage and could overflow further down.
-MAX_MAGNITUDE = 1e6
 TEXTURE_STATE = "texture."  # prefix of what the texture term remembers, in a tracker's state
 
 
@@ -297,7 +293,7 @@ class PhalpTracker:
         camera = phalp_camera(
             people.pred_cam, people.box_center_px, people.box_size_px, frame.image_size_wh
         )
-        location, pose = locate(camera), _pose_vectors(people, camera)
+        location, pose = locate(camera), pose_vectors(people, camera)
         bbox = frame.bbox_xyxy_px[row]
 
         match = self._associate(frame, prediction, row, location, pose)
@@ -393,11 +389,12 @@ class PhalpTracker:
         location, pose = tracks.location[confirmed, -1], tracks.pose[confirmed, -1]
         bbox = tracks.bbox_xyxy_px[confirmed]
         expected = prediction.location.location[ghost]
-        bbox[is_ghost] = _moved_box(bbox[is_ghost], location[is_ghost], expected, frame)
+        bbox[is_ghost] = moved_box(
+            bbox[is_ghost], location[is_ghost], expected, frame.image_size_wh
+        )
         location[is_ghost] = expected
         pose[is_ghost] = prediction.pose[ghost]
-        rotation, betas = pose[:, : -3 - NUM_BETAS], pose[:, -3 - NUM_BETAS : -3]
-        rotation = rotation.reshape(-1, 1 + NUM_BODY_JOINTS, 3, 3)
+        global_orient, body_pose, betas, _ = split_pose_vectors(pose)
         return TrackedFrame(
             frame_index=now,
             track_id=tracks.track_id[confirmed],
@@ -407,8 +404,8 @@ class PhalpTracker:
             age=now - tracks.first_frame[confirmed] + 1,
             bbox_xyxy_px=bbox,
             camera=camera_of(location).astype(np.float32),
-            global_orient=rotation[:, :1],
-            body_pose=rotation[:, 1:],
+            global_orient=global_orient,
+            body_pose=body_pose,
             betas=betas,
             backfill=backfill,
             discarded=discarded,
@@ -494,23 +491,3 @@ def _usable(frame: FrameDetections) -> Bool:
     ):
         usable &= (np.abs(values) <= MAX_MAGNITUDE).all(axis=tuple(range(1, values.ndim)))
     return usable
-
-
-def _pose_vectors(people: People, camera: F32) -> F32:
-    """(M, 229) pose vectors (section 2.5)."""
-    m = len(people)
-    parts = [people.global_orient, people.body_pose, people.betas, camera[:, :2]]
-    flat = [part.reshape(m, int(np.prod(part.shape[1:]))) for part in parts]
-    return np.concatenate([*flat, camera[:, 2:] / DEPTH_IN_POSE], 1, dtype=np.float32)
-
-
-def _moved_box(bbox: F32, seen: F64, expected: F64, frame: FrameDetections) -> F32:
-    """(G, 4) boxes, carried along from the locations `seen` to those `expected`, in pixels."""
-    width, height = frame.image_size_wh
-    side = max(width, height)
-    margin = np.array([(side - width) // 2, (side - height) // 2])
-    origin = np.tile(seen[:, :2] * side - margin, 2)
-    target = np.tile(expected[:, :2] * side - margin, 2)
-    scale = np.exp(seen[:, 2:] - expected[:, 2:])
-    moved: F64 = np.clip(target + (bbox - origin) * scale, -MAX_MAGNITUDE, MAX_MAGNITUDE)
-    return moved.astype(np.float32)

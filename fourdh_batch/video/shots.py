@@ -21,6 +21,8 @@ counts frames. For a constant frame rate both are the same.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import cv2
 import numpy as np
@@ -122,6 +124,21 @@ class ShotRule:
         if self._window:
             self.decided_until = self._window[-1][0] + 1
         return []
+
+    def state(self) -> dict[str, Any]:
+        """What is remembered, as plain lists and numbers."""
+        return {
+            "window": [list(item) for item in self._window],
+            "last_cut": self._last_cut,
+            "decided_until": self.decided_until,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._window.clear()
+        self._window.extend((int(index), float(score)) for index, score in state["window"])
+        self._last_cut = state["last_cut"]
+        self.decided_until = state["decided_until"]
 
     def _stands_out(self, change: float) -> bool:
         neighbours = [s for i, (_, s) in enumerate(self._window) if i != LOOK_AHEAD_FRAMES]

@@ -14,7 +14,7 @@ import json
 import sys
 from importlib import import_module
 
-QUICK = ("decode", "hmr", "tracker", "engine")
+QUICK = ("decode", "hmr", "tracker", "keeping_up", "engine")
 ALL = (*QUICK, "memory")
 
 

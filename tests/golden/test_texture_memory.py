@@ -93,17 +93,14 @@ def test_distances_of_all_pairs_equal_those_in_the_recorded_costs(encoder: Textu
     raise AssertionError(f"frames {list(expected)} never came")
 
 
-@pytest.mark.parametrize("fill_unseen", [True, False])
-def test_compact_vectors_know_a_person_from_another_side_only_if_filled(
-    encoder: TextureEncoder, fill_unseen: bool
-) -> None:
+def test_compact_vectors_know_a_person_from_another_side(encoder: TextureEncoder) -> None:
     z = load("full_seqA")
     rows = np.arange(0, 168, 6)
     maps = torch.from_numpy(uv_maps(z["in_uv_rgb_q"][rows], z["in_uv_mask"][rows]))
-    vectors = AppearanceProjection(encoder, fill_unseen=fill_unseen)(maps).double()
+    vectors = AppearanceProjection(encoder)(maps).double()
     distance = 100 * torch.cdist(vectors, vectors).square().numpy()
     first, second = np.triu_indices(len(rows), 1)
     is_same = z["in_gt_id"][rows][first] == z["in_gt_id"][rows][second]
     same, other = distance[first, second][is_same], distance[first, second][~is_same]
-    share = (same[:, None] < other).mean()  # measured 1.00 and 0.63; 0.5 says nothing
-    assert share > 0.98 if fill_unseen else share < 0.8
+    # 0.5 says nothing; measured 1.00, and 0.63 where maps are not filled.
+    assert (same[:, None] < other).mean() > 0.98
