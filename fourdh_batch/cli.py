@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -25,18 +25,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from fourdh_batch import __version__
-from fourdh_batch.config import describe_settings, load_config, require
+from fourdh_batch.config import JobConfig, describe_settings, load_config, require
 from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
+from fourdh_batch.pipeline.job import OnProgress, RunReport, summary_of
+from fourdh_batch.pipeline.job import Progress as JobProgress
 from fourdh_batch.pipeline.plan import plan_shards, read_corpus
 from fourdh_batch.pipeline.records import UNTRAINED
-from fourdh_batch.pipeline.shard import FAILED, OK, PARTIAL, QUARANTINED
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.reader import read_table, read_tracks
 from fourdh_batch.video.decode import VideoReader
-
-if TYPE_CHECKING:  # torch and ray are imported by the commands that need them
-    from fourdh_batch.cluster.run import Progress as JobProgress
-    from fourdh_batch.cluster.run import RunReport
 
 logger = logging.getLogger(__name__)
 
@@ -248,15 +245,33 @@ def doctor() -> dict[str, Any]:
     return facts
 
 
-def run_job(yaml: str | Path | None, words: Sequence[str], *, as_json: bool = False) -> int:
-    """Run the main job with a progress bar, a log and a closing table; returns the exit code."""
+class Job(Protocol):
+    """What a job does once its settings are known; `cluster.run.run_job` is the main one."""
 
-    def run() -> int:
+    def __call__(self, config: JobConfig, *, on_progress: OnProgress) -> RunReport:
+        """Bring the tables of the output up to date."""
+
+
+def run_main_job(config: JobConfig, *, on_progress: OnProgress) -> RunReport:
+    """The main job; Ray and the model libraries are imported here."""
+    from fourdh_batch.cluster import run as cluster
+
+    return cluster.run_job(config, on_progress=on_progress)
+
+
+def run_job(
+    yaml: str | Path | None,
+    words: Sequence[str],
+    *,
+    as_json: bool = False,
+    run: Job = run_main_job,
+) -> int:
+    """Run a job with a progress bar, a log and a closing table; returns the exit code."""
+
+    def call() -> int:
         config = load_config(yaml, words)
         with _progress() as on_progress:
-            from fourdh_batch.cluster import run as cluster
-
-            report = cluster.run_job(config, on_progress=on_progress)
+            report = run(config, on_progress=on_progress)
         if as_json:
             typer.echo(json.dumps(_summary(report)))
         else:
@@ -264,16 +279,24 @@ def run_job(yaml: str | Path | None, words: Sequence[str], *, as_json: bool = Fa
         return report.exit_code
 
     signal.signal(signal.SIGTERM, _stop)  # so that the lease is given back
-    return _guarded(run)
+    return _guarded(call)
 
 
-def job_main(yaml: Path, words: Sequence[str], *, description: str) -> int:
-    """What a script of `jobs/` does with its command line; returns the exit code."""
+def job_main(yaml: Path, words: Sequence[str], *, description: str, run: Job = run_main_job) -> int:
+    """What a script of `jobs/` does with its command line; returns the exit code.
+
+    Args:
+        yaml: the job's own defaults.
+        words: the command line.
+        description: what `--help` says before the settings.
+        run: the job.
+    """
     if "-h" in words or "--help" in words:
         typer.echo(f"{description.strip()}\n\nSettings; defaults may differ in {yaml.name}:\n")
         typer.echo(describe_settings())
         return DONE
-    return run_job(yaml, [word for word in words if word != "--json"], as_json="--json" in words)
+    words, as_json = [word for word in words if word != "--json"], "--json" in words
+    return run_job(yaml, words, as_json=as_json, run=run)
 
 
 def main() -> None:
@@ -377,10 +400,7 @@ def _summary(report: RunReport) -> dict[str, Any]:
             "up_to_date": report.num_shards_before,
             "failed": report.failed_shards,
         },
-        "videos": {s: report.videos(s) for s in (OK, PARTIAL, FAILED, QUARANTINED)},
-        "frames": sum(outcome.num_frames for outcome in report.outcomes),
-        "people": sum(outcome.num_people for outcome in report.outcomes),
-        "track_rows": sum(shard.num_track_rows for shard in report.shards),
+        **summary_of(report),
         "weights": report.card.weights_origin,
         "model_fingerprint": report.card.fingerprint,
         "seconds": report.seconds,

@@ -9,6 +9,7 @@ knows where a value came from.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -192,6 +193,34 @@ class ClusterConfig:
 
 
 @dataclass
+class PosesConfig:
+    """Bodies that are given instead of reconstructed, for `jobs/track.py` alone.
+
+    Attributes:
+        layout: what the input is: `ours` (output of an earlier run) or a layout of
+            docs/POSE_ENGINES.md: `parquet`, `npz`, `phalp`, `pare`, `pymafx`, `cliff`; `auto`
+            looks.
+        image_size: WIDTHxHEIGHT of all videos in pixels, for files that do not tell (cliff).
+        fps: frames per second of all videos, for files that do not tell; 0: 30 for times, unknown
+            in `videos`.
+        looks: use the compact appearance vectors where the input has them.
+        workers: processes; 0: one per core.
+    """
+
+    layout: str = "auto"
+    image_size: str = ""
+    fps: float = 0.0
+    looks: bool = True
+    workers: int = 0
+
+    @property
+    def image_size_px(self) -> tuple[int, int] | None:
+        """Width and height; None where not given, or not in this form."""
+        match = re.fullmatch(r"([1-9]\d{0,5})[xX]([1-9]\d{0,5})", self.image_size, re.ASCII)
+        return (int(match[1]), int(match[2])) if match else None
+
+
+@dataclass
 class JobConfig:
     """A whole job.
 
@@ -211,6 +240,7 @@ class JobConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    poses: PosesConfig = field(default_factory=PosesConfig)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> JobConfig:
@@ -346,7 +376,7 @@ def _meaning(key: str) -> str:
 def _impossible(config: JobConfig) -> list[str]:
     """Values that no job can use."""
     video, detector, hmr = config.video, config.detector, config.hmr
-    plan, cluster, tracker = config.plan, config.cluster, config.tracker
+    plan, cluster, tracker, poses = config.plan, config.cluster, config.tracker, config.poses
     checks: list[tuple[str, bool, str, object]] = [
         (
             "video.decoder",
@@ -456,6 +486,14 @@ def _impossible(config: JobConfig) -> list[str]:
             cluster.progress_timeout_s,
         ),
         ("cluster.attempts", cluster.attempts >= 1, "at least 1", cluster.attempts),
+        (
+            "poses.image_size",
+            not poses.image_size or poses.image_size_px is not None,
+            "WIDTHxHEIGHT such as 1280x720",
+            poses.image_size,
+        ),
+        ("poses.fps", 0 <= poses.fps < 10_000, "0 to below 10000", poses.fps),
+        ("poses.workers", poses.workers >= 0, "0 or more", poses.workers),
         ("dataset", bool(config.dataset.strip()), "a name", config.dataset),
     ]
     return [

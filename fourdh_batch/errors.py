@@ -19,6 +19,7 @@
         ├── BadTimestampsError      BAD_TIMESTAMPS   presentation times do not increase
         ├── DecoderRefusedError     DECODER_REFUSED  the chosen decoder would be wrong here
         ├── BadBoxesError           BAD_BOXES        boxes given for it cannot be used
+        ├── BadPosesError           BAD_POSES        bodies given for it cannot be used
         ├── DecodeStalledError      STALLED          no frame within the time limit
         └── WorkerDiedError         WORKER_DIED      a process died while it held this video
 
@@ -139,6 +140,10 @@ class DecoderRefusedError(VideoError):
 
 class BadBoxesError(VideoError):
     code = "BAD_BOXES"
+
+
+class BadPosesError(VideoError):
+    code = "BAD_POSES"
 
 
 class DecodeStalledError(VideoError):

@@ -16,18 +16,16 @@ finished rows are looked for before anything is redone.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import signal
 import threading
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -40,51 +38,43 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from fourdh_batch import __version__
 from fourdh_batch.cluster.decoding import Journal
 from fourdh_batch.cluster.model_actor import ModelActor
 from fourdh_batch.cluster.tracker_actor import TrackerActor, publish_shard_task
-from fourdh_batch.config import JobConfig, require, to_dict
+from fourdh_batch.config import JobConfig, require
 from fourdh_batch.errors import (
     CheckpointError,
     ConfigError,
     DecodeStalledError,
     FourdhError,
-    ManifestError,
     SchemaError,
     StorageError,
     VideoError,
     WorkerDiedError,
 )
 from fourdh_batch.pipeline.engine import model_card
-from fourdh_batch.pipeline.plan import Shard, Video, plan_shards, read_corpus
+from fourdh_batch.pipeline.job import (
+    STORAGE_ATTEMPTS,
+    Ledger,
+    OnProgress,
+    RunReport,
+    bring_up_to_date,
+)
+from fourdh_batch.pipeline.plan import Shard, Video, read_corpus
 from fourdh_batch.pipeline.records import ModelCard
 from fourdh_batch.pipeline.shard import (
-    FAILED,
-    OK,
-    PARTIAL,
     QUARANTINED,
     ShardReport,
     VideoOutcome,
     finished_outcome,
     record_failure,
 )
-from fourdh_batch.storage import Store
-from fourdh_batch.tables.manifest import (
-    LEASE_S,
-    CommitRecord,
-    Lease,
-    commit_key,
-    read_commits,
-)
-from fourdh_batch.tables.writer import VideoSpool, discard_work
+from fourdh_batch.tables.writer import VideoSpool
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-PROGRESS_S = 0.5
 STARVING_S = 60.0  # without a running unit for so long, say what is lacking
-STORAGE_ATTEMPTS = 3
 FREE_RETRIES = 3  # then even an innocent-looking unit is a suspect
 MAX_DEATHS_WITHOUT_WORK = 3
 MAX_UNEXPECTED_ERRORS_IN_A_ROW = 5
@@ -126,58 +116,6 @@ def blame(error: BaseException, *, had_begun: bool) -> Blame:
     return Blame.CODE
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a running job is."""
-
-    videos_done: int
-    videos_total: int
-    bytes_done: int
-    bytes_total: int
-    frames_done: int
-    shards_done: int
-    shards_total: int
-
-
-@dataclass(slots=True)
-class RunReport:
-    """How a job ended.
-
-    Attributes:
-        outcomes: of the videos that this run worked on.
-        shards: reports of the shards that this run published.
-        num_shards_before: shards that were up to date already.
-        videos_before: per status, the videos in those.
-        failed_shards: shard and reason; nothing of these was published.
-        seconds: wall time of the run.
-    """
-
-    run_id: str
-    output: str
-    card: ModelCard
-    shards: list[ShardReport] = field(default_factory=list)
-    num_shards_before: int = 0
-    videos_before: dict[str, int] = field(default_factory=dict)
-    failed_shards: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def outcomes(self) -> list[VideoOutcome]:
-        return [outcome for shard in self.shards for outcome in shard.outcomes]
-
-    def videos(self, status: str) -> int:
-        """Videos of the corpus that ended with this status, now or before."""
-        now = sum(outcome.status == status for outcome in self.outcomes)
-        return now + self.videos_before.get(status, 0)
-
-    @property
-    def exit_code(self) -> int:
-        """0 all done; 3 done, but some videos failed, in part or wholly; 1 shards are missing."""
-        if self.failed_shards:
-            return 1
-        return 3 if any(self.videos(s) for s in (PARTIAL, FAILED, QUARANTINED)) else 0
-
-
 @dataclass(slots=True)
 class _Unit:
     shard: Shard
@@ -205,9 +143,7 @@ class _Lane:
         return any(unit.alone for unit, _ in self.running.values())
 
 
-def run_job(
-    config: JobConfig, *, on_progress: Callable[[Progress], None] = lambda progress: None
-) -> RunReport:
+def run_job(config: JobConfig, *, on_progress: OnProgress = lambda progress: None) -> RunReport:
     """Bring the tables under `config.output` up to date with the corpus `config.input`.
 
     Raises:
@@ -215,131 +151,36 @@ def run_job(
         OutputInUseError: another driver is writing to this output.
     """
     require(config, "input", "output", "hmr.weights")
-    started = time.monotonic()
     card = model_card(config)
     videos = read_corpus(config.input, limit=config.plan.limit)
-    store = Store(config.output)
-    run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-    report = RunReport(run_id=run_id, output=config.output, card=card)
-    with Lease(store) as lease:
-        shards = plan_shards(
-            store,
-            config.dataset,
-            videos,
-            videos_per_shard=config.plan.videos_per_shard,
-            mb_per_shard=config.plan.mb_per_shard,
-        )
-        commits = read_commits(store)
-        todo = []
-        for shard in shards:
-            commit = commits.get(shard.shard_id)
-            if commit is None or _must_redo(shard, commit, card, config):
-                todo.append(shard)
-                continue
-            report.num_shards_before += 1
-            discard_work(store, shard.shard_id)  # left by a driver killed just after its commit
-            for video in commit.videos:
-                count = report.videos_before.get(video.status, 0)
-                report.videos_before[video.status] = count + 1
-        if config.plan.remove_missing:
-            planned = {shard.shard_id for shard in shards}
-            for commit in commits.values():
-                if commit.dataset == config.dataset and commit.shard_id not in planned:
-                    _remove_shard(store, commit)
-        else:
-            _refuse_losses(todo, commits)
-        logger.info(
-            "run %s: %d videos in %d shards, %d shards to do, weights %s",
-            run_id,
-            len(videos),
-            len(shards),
-            len(todo),
-            card.weights_origin,
-        )
-        if todo:
-            with _ray(config):
-                _Scheduler(config, card, store, report, lease.renew, on_progress).run(todo)
-        report.seconds = round(time.monotonic() - started, 3)
-        _record_run(store, config, report)
-    return report
 
+    def work(ledger: Ledger) -> None:
+        with _ray(config):
+            _Scheduler(config, card, ledger).run()
 
-def _must_redo(shard: Shard, commit: CommitRecord, card: ModelCard, config: JobConfig) -> bool:
-    """Whether a finished shard differs from what a run of today would make of it."""
-    if config.plan.retry_quarantined and any(v.status == QUARANTINED for v in commit.videos):
-        return True
-    if commit.fingerprint == shard.fingerprint(card.fingerprint):
-        return False
-    done = {video.video_id: video.content_fingerprint for video in commit.videos}
-    unchanged = commit.model_fingerprint == card.fingerprint and all(
-        done.get(video.video_id) == video.fingerprint for video in shard.videos
-    )
-    # Only videos are missing today (a smaller input, a limit): what is finished stays.
-    return config.plan.remove_missing or not unchanged
-
-
-def _refuse_losses(todo: Sequence[Shard], commits: Mapping[str, CommitRecord]) -> None:
-    """A shard is published whole; one that is redone must not lose videos by oversight."""
-    lost = []
-    for shard in todo:
-        today = {video.video_id for video in shard.videos}
-        if commit := commits.get(shard.shard_id):
-            lost += [v.video_id for v in commit.videos if v.video_id not in today]
-    if lost:
-        raise ManifestError(
-            f"this run would remove {len(lost)} finished videos that are not in the input, "
-            f"for example {lost[0]!r}: they share shards with videos that must be redone. Give the "
-            "whole corpus, or plan.remove_missing=true to let them go"
-        )
-
-
-def _remove_shard(store: Store, commit: CommitRecord) -> None:
-    """Take a shard none of whose videos is in the corpus any more out of the tables."""
-    logger.info("shard %s: its %d videos are gone", commit.shard_id, len(commit.videos))
-    store.delete(commit_key(commit.shard_id))
-    for record in commit.objects.values():
-        store.delete(record.key)
+    return bring_up_to_date(config, card, videos, work, on_progress=on_progress)
 
 
 class _Scheduler:
     """One run over the shards that are not up to date."""
 
-    def __init__(
-        self,
-        config: JobConfig,
-        card: ModelCard,
-        store: Store,
-        report: RunReport,
-        renew_lease: Callable[[], None],
-        on_progress: Callable[[Progress], None],
-    ) -> None:
+    def __init__(self, config: JobConfig, card: ModelCard, ledger: Ledger) -> None:
         self._config = config
         self._card = card
-        self._store = store
-        self._report = report
-        self._renew_lease = renew_lease
-        self._on_progress = on_progress
+        self._ledger = ledger
         self._journal = Journal.remote()
         self._lanes: list[_Lane] = []
         self._queue: deque[_Unit] = deque()
-        self._outcomes: dict[str, dict[str, VideoOutcome]] = {}  # shard -> video -> outcome
-        self._shards: dict[str, Shard] = {}
-        self._publishing: dict[Any, tuple[Shard, int]] = {}
-        self._frames_before = 0
-        self._lease_renewed = time.monotonic()
-        self._last_progress = 0.0
+        self._publishing: dict[Any, tuple[Shard, list[VideoOutcome], int]] = {}
         self._deaths_without_work = 0
         self._unexpected: set[str] = set()  # videos that met an error of our own code
         self._last_seen_running = time.monotonic()
 
-    def run(self, shards: Sequence[Shard]) -> None:
-        for shard in shards:
-            self._shards[shard.shard_id] = shard
-            self._outcomes[shard.shard_id] = {}
-            for video in shard.videos:
-                self._queue.append(_Unit(shard, video))
+    def run(self) -> None:
+        units = [_Unit(shard, video) for shard in self._ledger.shards for video in shard.videos]
+        self._queue.extend(units)
         # What an interrupted run has finished needs no model at all.
-        for unit in list(self._queue):
+        for unit in units:
             if outcome := self._finished(unit):
                 self._queue.remove(unit)
                 self._done(unit, outcome)
@@ -351,15 +192,13 @@ class _Scheduler:
             self._collect()
             self._give_up_stalled()
             self._say_what_is_lacking()
-            if time.monotonic() - self._lease_renewed > LEASE_S / 3:
-                self._renew_lease()
-                self._lease_renewed = time.monotonic()
-            if time.monotonic() - self._last_progress > PROGRESS_S:
-                self._last_progress = time.monotonic()
-                self._on_progress(self._progress())
-        self._on_progress(self._progress())
+            self._ledger.tick(self._frames_running)
+        self._ledger.close()
         for lane in self._lanes:
             self._kill(lane)
+
+    def _frames_running(self) -> int:
+        return sum(frames for frames, _ in ray.get(self._journal.snapshot.remote()).values())
 
     def _num_lanes(self) -> int:
         """As many as asked for, or one per GPU; but every lane needs cores for a decoder too."""
@@ -511,7 +350,7 @@ class _Scheduler:
             text = f"{type(cause).__name__}: {cause}"
             cause = WorkerDiedError(text[:2000], video=unit.video.video_id, stage="reconstruct")
         return record_failure(
-            self._store,
+            self._ledger.store,
             self._config,
             self._card,
             unit.shard,
@@ -522,36 +361,21 @@ class _Scheduler:
         )
 
     def _finished(self, unit: _Unit) -> VideoOutcome | None:
-        spool = VideoSpool(self._store, unit.shard.shard_id, unit.video.video_id)
+        spool = VideoSpool(self._ledger.store, unit.shard.shard_id, unit.video.video_id)
         return finished_outcome(spool, unit.video, self._card)
 
     def _done(self, unit: _Unit, outcome: VideoOutcome) -> None:
-        shard = unit.shard
-        if shard.shard_id in self._report.failed_shards:
-            return
-        self._frames_before += outcome.num_frames
-        outcomes = self._outcomes[shard.shard_id]
-        outcomes[unit.video.video_id] = outcome
-        if outcome.problem:
-            logger.warning(
-                "shard %s, video %s: %s: %s",
-                shard.shard_id,
-                unit.video.video_id,
-                outcome.status,
-                outcome.problem,
-            )
-        if len(outcomes) == len(shard.videos):
-            self._publish(shard, attempt=1)
+        if outcomes := self._ledger.done(unit.shard, outcome):
+            self._publish(unit.shard, outcomes, attempt=1)
 
-    def _publish(self, shard: Shard, attempt: int) -> None:
-        outcomes = [self._outcomes[shard.shard_id][v.video_id] for v in shard.videos]
+    def _publish(self, shard: Shard, outcomes: list[VideoOutcome], attempt: int) -> None:
         ref = publish_shard_task.options(num_cpus=0).remote(
             self._config, self._card, shard, outcomes
         )
-        self._publishing[ref] = (shard, attempt)
+        self._publishing[ref] = (shard, outcomes, attempt)
 
     def _collect_published(self, ref: Any) -> None:
-        shard, attempt = self._publishing.pop(ref)
+        shard, outcomes, attempt = self._publishing.pop(ref)
         try:
             published: ShardReport = ray.get(ref)
         except Exception as error:
@@ -560,14 +384,12 @@ class _Scheduler:
             if attempt >= STORAGE_ATTEMPTS:
                 self._fail_shard(shard, str(_cause(error)))
             else:
-                self._publish(shard, attempt + 1)
+                self._publish(shard, outcomes, attempt + 1)
             return
-        logger.info("%s", published.line())
-        self._report.shards.append(published)
+        self._ledger.published(published)
 
     def _fail_shard(self, shard: Shard, reason: str) -> None:
-        logger.error("shard %s: not published: %s", shard.shard_id, reason)
-        self._report.failed_shards[shard.shard_id] = reason
+        self._ledger.fail(shard, reason)
         self._queue = deque(u for u in self._queue if u.shard.shard_id != shard.shard_id)
 
     def _give_up_stalled(self) -> None:
@@ -633,25 +455,6 @@ class _Scheduler:
         for actor in (lane.model, *lane.trackers):
             ray.kill(actor)
 
-    def _progress(self) -> Progress:
-        running = ray.get(self._journal.snapshot.remote())
-        done = {k: set(v) for k, v in self._outcomes.items()}
-        bytes_done = sum(
-            v.num_bytes
-            for s in self._shards.values()
-            for v in s.videos
-            if v.video_id in done[s.shard_id]
-        )
-        return Progress(
-            videos_done=sum(map(len, done.values())),
-            videos_total=sum(len(s.videos) for s in self._shards.values()),
-            bytes_done=bytes_done,
-            bytes_total=sum(v.num_bytes for s in self._shards.values() for v in s.videos),
-            frames_done=self._frames_before + sum(frames for frames, _ in running.values()),
-            shards_done=len(self._report.shards),
-            shards_total=len(self._shards),
-        )
-
 
 def _cause(error: BaseException) -> BaseException:
     if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
@@ -691,22 +494,3 @@ def _ray(config: JobConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _record_run(store: Store, config: JobConfig, report: RunReport) -> None:
-    """`_runs/<run_id>.json`: settings as run, versions, totals."""
-    record = {
-        "run_id": report.run_id,
-        "version": __version__,
-        "config": to_dict(config),
-        "models": asdict(report.card),
-        "seconds": report.seconds,
-        "shards_done": [shard.shard_id for shard in report.shards],
-        "shards_up_to_date": report.num_shards_before,
-        "shards_failed": report.failed_shards,
-        "videos": {s: report.videos(s) for s in (OK, PARTIAL, FAILED, QUARANTINED)},
-        "frames": sum(outcome.num_frames for outcome in report.outcomes),
-        "people": sum(outcome.num_people for outcome in report.outcomes),
-        "track_rows": sum(shard.num_track_rows for shard in report.shards),
-    }
-    store.write_bytes(f"_runs/{report.run_id}.json", json.dumps(record, indent=1).encode())

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -36,11 +36,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fourdh_batch.errors import (
+    BadPosesError,
     CheckpointError,
     ConfigError,
     ManifestError,
     StorageError,
-    VideoError,
 )
 from fourdh_batch.geometry import (
     FOCAL_PER_SIDE,
@@ -99,12 +99,6 @@ PARQUET_FIELDS = (*NPZ_FIELDS, "mask_rle", "drop_reason")
 _MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, MemoryError)
 CLIFF_FIELDS = ("imgname", "pose", "shape", "global_t", "focal_l", "detection_all")
 CROP_FIELDS = ("pred_cam", "orig_cam", "pose", "betas", "bboxes", "frame_ids")
-
-
-class BadPosesError(VideoError):
-    """Poses given for a video cannot be used."""
-
-    code: ClassVar[str] = "BAD_POSES"
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +234,9 @@ def open_poses(
         ManifestError: there is no file of this layout.
     """
     if layout not in (*LAYOUTS, "auto"):
-        raise ConfigError(f"layout: expected auto or one of {', '.join(LAYOUTS)}, got {layout!r}")
+        raise ConfigError(
+            f"poses.layout: expected auto or one of {', '.join(LAYOUTS)}, got {layout!r}"
+        )
     endings = {
         "auto": ENDINGS,
         "parquet": (".parquet",),
@@ -258,7 +254,7 @@ def open_poses(
     if layout == "auto" and parquet and len(parquet) < len(files):
         raise ManifestError(
             f"input {path}: expected one kind of files, got {parquet[0][0]} beside others; "
-            "name the layout"
+            "give poses.layout"
         )
     if parquet:
         return ParquetPoses(files, image_size_px=image_size_px, fps=fps)
@@ -589,7 +585,7 @@ def _size_rows(fields: _Fields, image_size_px: tuple[int, int] | None, n: int) -
     """(n, 2) of the setting, where the file does not tell."""
     if image_size_px is None:
         raise fields.bad(
-            "the file does not tell the size of the frames; give image_size=WIDTHxHEIGHT"
+            "the file does not tell the size of the frames; give poses.image_size=WIDTHxHEIGHT"
         )
     return np.tile(np.array(image_size_px, dtype=np.float64), (n, 1))
 
@@ -859,7 +855,7 @@ def _rows_of_cliff(
         row = int(np.argmax(wrong))
         raise given.bad(
             f"focal_l: expected the diagonal of the frame, {np.hypot(*size[row]):.1f} px for "
-            f"image_size={size[row, 0]:.0f}x{size[row, 1]:.0f}, got {focal[row]:.1f}",
+            f"poses.image_size={size[row, 0]:.0f}x{size[row, 1]:.0f}, got {focal[row]:.1f}",
             int(found[row, 0]),
         )
     center, side = _square_of(box)

@@ -57,7 +57,8 @@ class ModelCard:
     Attributes:
         fingerprint: changes whenever rows may change.
         weights: ``untrained`` or the short digest of the HMR weights.
-        weights_origin: ``official``, ``imported``, ``trained`` or ``untrained``.
+        weights_origin: ``official``, ``imported``, ``trained`` or ``untrained``;
+            ``given`` where the bodies came from files of another pose engine.
         body: ``open`` or the short digest of the SMPL file.
         detector: short name and digest.
         cues: what the tracker's cost is made of.

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,6 +75,21 @@ class VideoOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoEnd:
+    """How a video ended, and what is known of its file.
+
+    Attributes:
+        status: see `VideoOutcome`.
+        file: columns of `videos` that describe the file; what is missing or None is null there.
+        failures: rows of `failures`, without the columns that name the video.
+    """
+
+    status: str
+    file: Mapping[str, Any] = field(default_factory=dict)
+    failures: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ShardReport:
     """What a shard gave; the line in the log and in the closing table."""
 
@@ -108,6 +123,8 @@ class VideoTracking:
         card: the models.
         spool: takes the finished rows.
         models: of the tracking process.
+        cuts: frames with which new shots begin, where they are known; else they are found, if the
+            settings want that, by the shot scores of the chunks.
     """
 
     def __init__(
@@ -120,6 +137,7 @@ class VideoTracking:
         card: ModelCard,
         spool: Spool,
         models: TrackerModels,
+        cuts: Sequence[int] | None = None,
     ) -> None:
         self._video = video
         self._shard_id = shard_id
@@ -136,10 +154,10 @@ class VideoTracking:
             keep_predicted=config.tracker.keep_predicted,
             keep_reconstructions=config.tracker.store_appearance,
         )
-        self._shots = ShotRule() if config.video.detect_shots else None
+        self._shots = ShotRule() if config.video.detect_shots and cuts is None else None
         # Frames that wait for their shot: index, image size, looks of their people.
         self._undecided: deque[tuple[int, tuple[int, int], Looks | None]] = deque()
-        self._cuts: set[int] = set()
+        self._cuts = set(cuts or ())
         self._shot_id = 0
         self._num_frames = 0
         self._num_rows = 0
@@ -166,25 +184,28 @@ class VideoTracking:
             self._track(before=self._shots.decided_until)
         self._flush()
 
-    def finish(self, summary: DecodeSummary) -> VideoOutcome:
-        """The video has ended as `summary` says."""
-        status = PARTIAL if summary.damage else OK
-        failures = [
-            {
-                "stage": "decode",
-                "error_class": "Damage",
-                "code": damage.code,
-                "message": _damage_text(damage),
-                "frame_index": damage.first_frame_index,
-            }
-            for damage in summary.damage
-        ]
-        return self._close(status, summary, failures)
+    def finish(self, end: DecodeSummary | VideoEnd) -> VideoOutcome:
+        """The video has ended, as the decoder or another source says."""
+        if isinstance(end, DecodeSummary):
+            end = _end_of(end)
+        return self._close(end)
 
     def fail(
-        self, error: VideoError, *, status: str | None = None, attempts: int = 1
+        self,
+        error: VideoError,
+        *,
+        status: str | None = None,
+        attempts: int = 1,
+        file: Mapping[str, Any] | None = None,
     ) -> VideoOutcome:
-        """The video has ended with an error; frames handed out before it are kept."""
+        """The video has ended with an error; frames handed out before it are kept.
+
+        Args:
+            error: what ended it.
+            status: None: by whether there are frames.
+            attempts: how often it was tried.
+            file: see `VideoEnd`.
+        """
         if status is None:
             status = PARTIAL if self._num_frames else FAILED
         failure = {
@@ -195,7 +216,7 @@ class VideoTracking:
             "frame_index": error.frame_index,
             "attempts": attempts,
         }
-        return self._close(status, None, [failure])
+        return self._close(VideoEnd(status, file or {}, [failure]))
 
     @property
     def next_frame(self) -> int:
@@ -242,9 +263,7 @@ class VideoTracking:
         self._shot_id, self._num_frames, self._num_rows, self._next_frame = state["counts"]
         self._started = time.monotonic() - state["seconds"]
 
-    def _close(
-        self, status: str, summary: DecodeSummary | None, failures: list[dict[str, Any]]
-    ) -> VideoOutcome:
+    def _close(self, end: VideoEnd) -> VideoOutcome:
         if self._shots is not None:
             self._cuts.update(self._shots.finish())
         self._track()
@@ -259,44 +278,27 @@ class VideoTracking:
             "content_fingerprint": self._video.fingerprint,
             "model_fingerprint": self._card.fingerprint,
         }
-        info = summary.info if summary else None
         row: dict[str, Any] = {
             **names,
-            "status": status,
+            **end.file,
+            "status": end.status,
             "frames_decoded": self._num_frames,
             "num_shots": self._shot_id + 1 if self._num_frames else 0,
             "num_tracks": len(self._rows.track_len),
             "num_detections": self._rows.num_detections,
             "frame_runs": self._rows.frame_runs,
         }
-        if info is not None:
-            row |= {
-                "container": info.container,
-                "codec": info.codec,
-                "pix_fmt": info.pix_fmt,
-                "width": info.width,
-                "height": info.height,
-                "rotation_deg": info.rotation_deg,
-                "fps": info.fps,
-                "time_base": str(info.time_base),
-                "duration_s": info.duration_s,
-                "frames_declared": info.num_frames_declared,
-                "frames_scanned": info.num_frames,
-                "decoder": info.decoder,
-            }
-        if summary is not None and summary.damage:
-            row["damage"] = json.dumps([asdict(damage) for damage in summary.damage])
         self._spool.append("videos", make_table("videos", _drop_none(row), num_rows=1))
-        for failure in failures:
+        for failure in end.failures:
             columns = _drop_none({**names, "attempts": 1, **failure})
             self._spool.append("failures", make_table("failures", columns, num_rows=1))
         outcome = VideoOutcome(
             video_id=self._video.video_id,
-            status=status,
+            status=end.status,
             num_frames=self._num_frames,
             num_people=len(self._rows.track_len),
             num_rows=self._num_rows,
-            problem="; ".join(f"{f['code']}: {f['message']}" for f in failures),
+            problem="; ".join(f"{f['code']}: {f['message']}" for f in end.failures),
             seconds=round(time.monotonic() - self._started, 3),
         )
         self._spool.finish(
@@ -502,6 +504,37 @@ def publish(
         num_bytes=sum(record.num_bytes for record in commit.objects.values()),
         commit=commit,
     )
+
+
+def _end_of(summary: DecodeSummary) -> VideoEnd:
+    """What the decoder says of a video."""
+    info = summary.info
+    failures = [
+        {
+            "stage": "decode",
+            "error_class": "Damage",
+            "code": damage.code,
+            "message": _damage_text(damage),
+            "frame_index": damage.first_frame_index,
+        }
+        for damage in summary.damage
+    ]
+    file = {
+        "container": info.container,
+        "codec": info.codec,
+        "pix_fmt": info.pix_fmt,
+        "width": info.width,
+        "height": info.height,
+        "rotation_deg": info.rotation_deg,
+        "fps": info.fps,
+        "time_base": str(info.time_base),
+        "duration_s": info.duration_s,
+        "frames_declared": info.num_frames_declared,
+        "frames_scanned": info.num_frames,
+        "decoder": info.decoder,
+        "damage": json.dumps([asdict(d) for d in summary.damage]) if summary.damage else None,
+    }
+    return VideoEnd(PARTIAL if failures else OK, file, failures)
 
 
 def _damage_text(damage: Damage) -> str:

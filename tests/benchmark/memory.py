@@ -20,8 +20,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fourdh_batch.cluster.run import Progress, run_job
+from fourdh_batch.cluster.run import run_job
 from fourdh_batch.config import load_config
+from fourdh_batch.pipeline.job import Progress
 from fourdh_batch.tables.reader import read_table
 from tests.benchmark.decode import clip
 from tests.conftest import SHARED

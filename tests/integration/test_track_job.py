@@ -18,7 +18,8 @@ import fourdh_batch as fb
 from fourdh_batch.config import load_config
 from fourdh_batch.errors import ConfigError, ManifestError, OutputInUseError
 from fourdh_batch.geometry import project_full_image
-from fourdh_batch.pipeline.retrack import PoseSettings, RetrackReport, retrack, split_settings
+from fourdh_batch.pipeline.job import RunReport
+from fourdh_batch.pipeline.retrack import retrack
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.manifest import Lease
 from fourdh_batch.tables.schema import make_table
@@ -30,10 +31,9 @@ REPO = Path(__file__).resolve().parents[2]
 YAML = REPO / "jobs" / "track.yaml"
 
 
-def run(source: Path, output: Path, *words: str) -> RetrackReport:
-    settings, rest = split_settings(["workers=1", *words])
-    config = load_config(YAML, [f"input={source}", f"output={output}", *rest])
-    return retrack(config, settings)
+def run(source: Path, output: Path, *words: str) -> RunReport:
+    words = (f"input={source}", f"output={output}", "poses.workers=1", *words)
+    return retrack(load_config(YAML, words))
 
 
 @pytest.mark.parametrize("layout", WRITERS)
@@ -43,7 +43,7 @@ def test_every_layout_becomes_tables_in_which_people_keep_their_ids(
     w = walkers(num_frames=20, empty=(9,))
     name, write = WRITERS[layout]
     write(tmp_path / "in" / name, w)
-    report = run(tmp_path / "in", tmp_path / "out", "image_size=640x361")
+    report = run(tmp_path / "in", tmp_path / "out", "poses.image_size=640x361")
     assert report.exit_code == 0
     assert report.videos("ok") == 1
 
@@ -51,7 +51,7 @@ def test_every_layout_becomes_tables_in_which_people_keep_their_ids(
     detected = tracks[tracks["state"] == "detected"]
     assert len(detected) == 38
     assert set(tracks["video_id"]) == {"clip"}
-    assert set(tracks["weights"]) == {"imported"}
+    assert set(tracks["weights"]) == {"given"}
     assert detected["track_id"].nunique() == 2
     # People, by their betas, and identities, are the same.
     people = {round(float(row[0]), 4) for row in detected["betas"]}
@@ -128,7 +128,7 @@ def test_two_processes_give_the_same_tables_as_one(tmp_path: Path) -> None:
     clips = {f"clip {k}": w for k in range(3)}
     pose_files.write_parquet(tmp_path / "in" / "clips.parquet", clips)
     assert run(tmp_path / "in", tmp_path / "one", "plan.videos_per_shard=2").exit_code == 0
-    words = ["workers=2", "plan.videos_per_shard=2"]
+    words = ["poses.workers=2", "plan.videos_per_shard=2"]
     assert run(tmp_path / "in", tmp_path / "two", *words).exit_code == 0
     for name in ("tracks", "detections", "videos"):
         one, two = (pd.read_parquet(tmp_path / root / name) for root in ("one", "two"))
@@ -231,7 +231,7 @@ def test_our_own_output_is_tracked_again_to_the_same_rows(tmp_path: Path) -> Non
     assert videos["num_shots"].tolist() == [2]
     assert videos["fps"].tolist() == [25.0]
     assert run(first, again, "tracker.store_appearance=true").num_shards_before == 1
-    assert len(run(first, again, "looks=false").shards) == 1
+    assert len(run(first, again, "poses.looks=false").shards) == 1
 
 
 def test_output_without_stored_bodies_is_tracked_from_its_tracks(tmp_path: Path) -> None:
@@ -321,13 +321,13 @@ def test_wrong_settings_stop_before_anything_is_written(tmp_path: Path) -> None:
     pose_files.write_npz(tmp_path / "in" / "clip.npz", pose_files.npz_content(walkers()))
     out = tmp_path / "out"
     for words, error, match in (
-        (["layout=vibe"], ConfigError, "layout: expected one of auto, ours"),
-        (["image_size=big"], ConfigError, "image_size: expected WIDTHxHEIGHT"),
-        (["fps=-1"], ConfigError, "fps"),
-        (["fps=x"], ConfigError, "fps: expected a number"),
-        (["looks=maybe"], ConfigError, "looks: expected true or false"),
-        (["workers=-2"], ConfigError, "workers"),
-        (["layout=ours"], ManifestError, "no output of an earlier run"),
+        (["poses.layout=vibe"], ConfigError, r"poses\.layout: expected one of auto, ours"),
+        (["poses.image_size=big"], ConfigError, r"poses\.image_size: expected WIDTHxHEIGHT"),
+        (["poses.fps=-1"], ConfigError, r"poses\.fps"),
+        (["poses.fps=x"], ConfigError, r"poses\.fps: expected float"),
+        (["poses.looks=maybe"], ConfigError, r"poses\.looks: expected bool"),
+        (["poses.workers=-2"], ConfigError, r"poses\.workers"),
+        (["poses.layout=ours"], ManifestError, "no output of an earlier run"),
         (["hmr.body=/no/such.pkl"], ConfigError, r"hmr\.body=/no/such\.pkl: no such file"),
         (["input=/nowhere/at/all"], ManifestError, "not found"),
         (["output="], ConfigError, "give output"),
@@ -346,26 +346,20 @@ def test_a_second_driver_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "in", tmp_path / "out")
 
 
-def test_settings_are_taken_out_of_the_words() -> None:
-    words = ["layout=pare", "tracker.gate=50", "fps=25", "image_size=1280x720", "looks=false"]
-    settings, rest = split_settings(words)
-    assert settings == PoseSettings(layout="pare", fps=25.0, image_size="1280x720", looks=False)
-    assert settings.size_wh() == (1280, 720)
-    assert rest == ["tracker.gate=50"]
-
-
 def test_the_script_prints_help_and_json_and_needs_no_torch_for_a_rerun(tmp_path: Path) -> None:
     script = [sys.executable, str(REPO / "jobs" / "track.py")]
     text = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "layout='auto'" in text
+    assert "poses.layout='auto'" in text
     assert "tracker.gate=100.0" in text
-    bad = subprocess.run([*script, "layout=no"], capture_output=True, text=True, check=False)
+    bad = subprocess.run(
+        [*script, "poses.image_size=no"], capture_output=True, text=True, check=False
+    )
     assert bad.returncode == 2
-    assert "layout: expected" in bad.stderr
+    assert "poses.image_size: expected" in bad.stderr
 
     w = walkers(num_frames=8)
     pose_files.write_joblib(tmp_path / "in" / "clip.pkl", pose_files.pymafx_content(w))
-    words = [f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "workers=1", "--json"]
+    words = [f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "poses.workers=1", "--json"]
     done = subprocess.run([*script, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)

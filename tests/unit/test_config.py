@@ -41,6 +41,14 @@ def test_a_path_is_taken_to_the_letter(path: str) -> None:
     assert load_config(None, [f"input={path}"]).input == path
 
 
+def test_the_size_of_given_frames_is_a_width_and_a_height() -> None:
+    assert load_config(None, ["poses.image_size=1280x720"]).poses.image_size_px == (1280, 720)
+    assert load_config(None).poses.image_size_px is None
+    for size in ("big", "0x720", "1280x", "1280x-7", "1x2x3", "٣x٤"):
+        with pytest.raises(ConfigError, match=r"poses\.image_size: expected WIDTHxHEIGHT"):
+            load_config(None, [f"poses.image_size={size}"])
+
+
 def test_missing_settings_say_how_to_give_them() -> None:
     with pytest.raises(ConfigError, match=r"give output=\.\.\. \(root of the tables"):
         require(load_config(None, ["input=/x"]), "input", "output")

@@ -85,7 +85,10 @@ def test_a_heavy_library_stays_behind_its_door(name: str) -> None:
             assert name in DOORS[library], f"{name} must not import {library}"
 
 
-@pytest.mark.parametrize("name", ["cluster.decoding", "cluster.tracker_actor", "tables.reader"])
+@pytest.mark.parametrize(
+    "name",
+    ["cluster.decoding", "cluster.tracker_actor", "pipeline.retrack", "tables.reader"],
+)
 def test_light_processes_do_without_the_model_libraries(name: str) -> None:
     heavy = "torch", "onnxruntime", "transformers", "smplx"
     code = f"import sys, fourdh_batch.{name}; print(*({heavy} & sys.modules.keys()))"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fourdh_batch.errors import ConfigError, ManifestError
+from fourdh_batch.errors import BadPosesError, ConfigError, ManifestError
 from fourdh_batch.geometry import (
     crop_square,
     full_image_camera,
@@ -18,7 +18,6 @@ from fourdh_batch.geometry import (
     project_full_image,
 )
 from fourdh_batch.models.poses_given import (
-    BadPosesError,
     VideoPoses,
     camera_of_other_square,
     camera_of_square,
@@ -276,7 +275,7 @@ def test_a_body_behind_the_camera_is_left_to_the_tracker(tmp_path: Path) -> None
         ({"betas": np.zeros(24)}, r"betas: expected"),
         ({"pred_cam": np.zeros((23, 3))}, r"pred_cam: expected \(24, 3\), got \(23, 3\)"),
         ({"pred_cam": None}, r"expected cam_t_m"),
-        ({"image_size_px": None}, "give image_size=WIDTHxHEIGHT"),
+        ({"image_size_px": None}, "give poses.image_size=WIDTHxHEIGHT"),
         ({"image_size_px": np.array([0, 10])}, r"width and height.*got \[0\.0, 10\.0\]"),
         ({"score": np.full(24, 1.5)}, r"score from 0 to 1, got 1\.5"),
         ({"frame_index": np.full(24, -1)}, "whole frame"),
@@ -317,7 +316,7 @@ def test_the_frame_of_a_bad_row_is_named(tmp_path: Path) -> None:
 def test_cliff_needs_the_right_size_of_the_frame(tmp_path: Path) -> None:
     w = walkers()
     path = written(tmp_path, "cliff", w)
-    with pytest.raises(BadPosesError, match="give image_size=WIDTHxHEIGHT"):
+    with pytest.raises(BadPosesError, match=r"give poses\.image_size=WIDTHxHEIGHT"):
         read(path)
     with pytest.raises(BadPosesError, match=r"focal_l: expected the diagonal.*734\.8"):
         read(path, image_size_px=(1920, 1080))
