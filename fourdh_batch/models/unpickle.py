@@ -7,7 +7,8 @@ Python that checks its arguments and builds a value. NumPy's and SciPy's own unp
 was never meant for hostile input, is not reached. Every other name ends the reading.
 
 What comes out: numbers, strings, bytes, lists, tuples, dicts, sets, `numpy.ndarray`,
-NumPy scalars and dtypes, `scipy.sparse` csc, csr and coo matrices. A chumpy object comes out as
+NumPy scalars and dtypes, `scipy.sparse` csc, csr and coo matrices. Arrays hold numbers or strings;
+one of objects comes out as the numbers that it holds, or is refused. A chumpy object comes out as
 the array that it holds, or as a `ChumpyFormula` where it would have to be computed.
 
 Results of pose engines are written by joblib: a pickle in which the bytes of every array stand
@@ -43,8 +44,11 @@ MAX_STRING_CHARS = 2**16  # longest element of a string array
 MAX_SKIPPED_BYTES = 2**36  # of arrays that are left out
 BLOCK_BYTES = 2**20  # read at once, so that no announced length is allocated before it is there
 
-# Kinds of plain numbers and strings; no objects, no records, no dates.
+# Kinds of plain numbers and strings; no records, no dates. `_OBJECT_SPEC` is for `_Array` alone.
 _DTYPE_SPEC = re.compile(r"[<>=|]?(?:[biuf][1248]|f16|c(?:8|16)|\?|[bBhHiIlLqQefdFD]|([SaU])(\d+))")
+
+_OBJECT_SPEC = "O8"
+_NUMBERS = (bool, int, float, complex, np.number, np.bool_)
 
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
@@ -173,6 +177,9 @@ class _Dtype(metaclass=_Sealed):
 
     def __init__(self, spec: object, align: object = False, copy: object = True) -> None:
         match = _DTYPE_SPEC.fullmatch(spec) if isinstance(spec, str) else None
+        if spec == _OBJECT_SPEC:
+            self.dtype: np.dtype[Any] = np.dtype(object)
+            return
         if match is None or not isinstance(spec, str):
             raise _RefusedError(f"dtype {spec!r} is not a plain number or string")
         if match.group(2) is not None and int(match.group(2)) > MAX_STRING_CHARS:
@@ -193,6 +200,7 @@ class _Array(metaclass=_Sealed):
     """`numpy.core.multiarray._reconstruct(ndarray, (0,), 'b')` followed by the array's state."""
 
     value: NDArray[Any]
+    objects: tuple[object, object] | None = None  # shape and items of an array of objects
 
     def __init__(self, kind: object, shape: object, typecode: object) -> None:
         if kind is not _NdarrayMarker:
@@ -200,6 +208,9 @@ class _Array(metaclass=_Sealed):
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
         shape, dtype, is_fortran, data = state[-4:]
+        if isinstance(dtype, _Dtype) and dtype.dtype.hasobject:
+            self.objects = shape, data
+            return
         order = "F" if is_fortran else "C"
         self.value = _array_from_bytes(data, dtype, shape, order)
 
@@ -255,11 +266,7 @@ class _JoblibArray(metaclass=_Sealed):
     def num_bytes(self) -> int:
         """Bytes of the values."""
         shape, dtype = self.state["shape"], self.state["dtype"]
-        if not isinstance(dtype, _Dtype):
-            raise _RefusedError(f"expected a dtype, got {type(dtype).__name__}")
-        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-            raise _RefusedError(f"expected a shape, got {shape!r}")
-        return math.prod(shape) * dtype.dtype.itemsize
+        return math.prod(_checked_shape(shape)) * _plain_dtype(dtype).itemsize
 
     def array(self, data: bytes) -> NDArray[Any]:
         """The values."""
@@ -560,19 +567,60 @@ def _as_bytes(data: object) -> bytes:
 
 def _array_from_bytes(data: object, dtype: object, shape: object, order: object) -> NDArray[Any]:
     """(*shape) array in native byte order that owns its memory; `shape` must fit `data`."""
-    if not isinstance(dtype, _Dtype):
-        raise _RefusedError(f"expected a dtype, got {type(dtype).__name__}")
-    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-        raise _RefusedError(f"expected a shape, got {shape!r}")
+    kind, shape = _plain_dtype(dtype), _checked_shape(shape)
     if order not in ("C", "F"):
         raise _RefusedError(f"array order {order!r}")
     raw = _as_bytes(data)
-    kind = dtype.dtype
     count = len(raw) // kind.itemsize if kind.itemsize else 0
     flat = np.frombuffer(raw, dtype=kind, count=count)
     if count * kind.itemsize != len(raw):
         raise _RefusedError(f"{len(raw)} bytes are no whole number of {kind}")
     return flat.reshape(shape, order=cast(Any, order)).astype(kind.newbyteorder("="), copy=True)
+
+
+def _plain_dtype(dtype: object) -> np.dtype[Any]:
+    """The dtype of values that stand as bytes."""
+    if not isinstance(dtype, _Dtype):
+        raise _RefusedError(f"expected a dtype, got {type(dtype).__name__}")
+    if dtype.dtype.hasobject:
+        raise _RefusedError("objects in the place of plain numbers or strings")
+    return dtype.dtype
+
+
+def _checked_shape(shape: object) -> tuple[int, ...]:
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise _RefusedError(f"expected a shape, got {shape!r}")
+    return shape
+
+
+def _array_of_objects(shape: object, items: object) -> NDArray[Any]:
+    """The numbers of an array of objects, which holds numbers, or plain arrays of one shape.
+
+    Returns:
+        An array of `shape`, then the axes of those arrays.
+    """
+    shape = _checked_shape(shape)
+    if not isinstance(items, list) or len(items) != math.prod(shape):
+        raise _RefusedError(f"an array of objects without {math.prod(shape)} items")
+    values: list[Any] = []
+    for item in items:
+        if isinstance(item, _Array) and item.objects is not None:
+            raise _RefusedError("an array of objects inside another")
+        value = item.value if isinstance(item, (_Array, _FromBuffer, _Scalar)) else item
+        is_plain = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+        if not is_plain and not isinstance(value, _NUMBERS):
+            raise _RefusedError(f"an array of objects that holds a {type(value).__name__}")
+        values.append(value)
+    shapes = {np.shape(value) for value in values}
+    if len(shapes) > 1:
+        raise _RefusedError(f"an array of objects of several shapes, such as {sorted(shapes)[:2]}")
+    inner = shapes.pop() if shapes else ()
+    if math.prod(inner) * len(values) * np.dtype(complex).itemsize > MAX_PICKLE_BYTES:
+        raise _RefusedError(f"an array of objects of more than {MAX_PICKLE_BYTES} bytes")
+    result: NDArray[Any] = np.array(values)
+    if result.dtype.hasobject:
+        raise _RefusedError("an array of objects with a number that is too large")
+    return result.reshape((*shape, *inner))
 
 
 def _plain(value: object, done: dict[int, tuple[object, object]]) -> object:
@@ -597,6 +645,8 @@ def _plain(value: object, done: dict[int, tuple[object, object]]) -> object:
         return items
     if isinstance(value, (tuple, set, frozenset)):
         result = type(value)(_plain(item, done) for item in value)
+    elif isinstance(value, _Array) and value.objects is not None:
+        result = _array_of_objects(*value.objects)
     elif isinstance(value, (_Array, _FromBuffer, _Scalar)):
         result = value.value
     elif isinstance(value, _Dtype):

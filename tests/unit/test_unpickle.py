@@ -335,9 +335,89 @@ def test_only_dtypes_of_plain_numbers_and_strings_are_admitted(dtype: str) -> No
         load(dump(Calls(np.dtype, dtype, False, True)))
 
 
-def test_arrays_of_objects_and_records_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="'O8'"):
-        load(dump(np.array([{}, None], dtype=object)))
+def objects(*items: object) -> Any:
+    array = np.empty(len(items), dtype=object)
+    array[:] = items
+    return array
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_an_array_of_objects_comes_out_as_the_numbers_that_it_holds(protocol: int) -> None:
+    mean, std = np.arange(6.0).reshape(1, 6), np.full((1, 6), 2, np.float32)
+    for stored in (
+        np.array([mean, std], dtype=object),  # (2, 1, 6) of Python's floats
+        np.asfortranarray(np.array([mean, std], dtype=object)),
+        objects(mean, std),  # (2,) of arrays
+    ):
+        array = load(dump(stored, protocol))
+        assert array.dtype == np.float64
+        np.testing.assert_array_equal(array, np.stack([mean, std]))
+    assert load(dump(objects(1, True, np.float32(0.5)), protocol)).tolist() == [1.0, 1.0, 0.5]
+    assert load(dump(objects(), protocol)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        objects({}, None),
+        objects("text", "text"),
+        objects([1, 2], [3, 4]),
+        objects(np.zeros(2), np.zeros(3)),
+        objects(np.array(["a"]), np.array(["b"])),
+        objects(objects(1, 2), objects(3, 4)),
+        objects(2**80, 1),
+        objects(Calls(os.getcwd), 1),
+        objects(np.dtype("f8"), 1),
+    ],
+)
+def test_an_array_of_anything_but_numbers_is_refused(stored: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"an array of objects|not plain data"):
+        load(dump(stored))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        ((3,), [1.0, 2.0]),
+        ((-1,), [1.0]),
+        ((2**62, 2**62), []),
+        ((1,), (1.0,)),
+        ((1,), b"\0" * 8),
+    ],
+)
+def test_an_array_of_objects_must_fit_its_shape(state: tuple[Any, Any]) -> None:
+    shape, items = state
+    stored = Calls(
+        np.empty(0).__reduce__()[0],  # type: ignore[index]
+        np.ndarray,
+        (0,),
+        b"b",
+        state=(1, shape, np.dtype(object), False, items),
+    )
+    with pytest.raises(CheckpointError, match=r"expected a shape|without \d+ items"):
+        load(dump(stored))
+
+
+def test_an_array_of_objects_does_not_multiply_what_it_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(unpickle, "MAX_PICKLE_BYTES", 2**20)
+    shared = np.zeros(1000)
+    with pytest.raises(CheckpointError, match="an array of objects of more than"):
+        load(dump(objects(*[shared] * 1000)))
+
+
+def test_bytes_of_objects_are_refused() -> None:
+    dtype = np.dtype(object)
+    for hostile in (
+        Calls(np.float64(0).__reduce__()[0], dtype, b"\1" * 8),
+        {"a": Calls(np.float64(0).__reduce__()[0], dtype)},
+    ):
+        with pytest.raises(CheckpointError, match=r"objects in the place|missing 1 required"):
+            load(dump(hostile))
+
+
+def test_records_are_refused() -> None:
     with pytest.raises(CheckpointError, match="'V12'"):
         load(dump(np.zeros(2, dtype=[("a", "f4"), ("b", "f8")])))
 
@@ -569,5 +649,5 @@ def test_an_array_of_joblib_must_fit_its_bytes() -> None:
         assert data != good
         with pytest.raises(CheckpointError):
             load_joblib(data)
-    with pytest.raises(CheckpointError, match="O8"):
+    with pytest.raises(CheckpointError, match="objects in the place of plain numbers"):
         load_joblib(joblib_bytes({"a": np.array([None])}))
