@@ -38,7 +38,7 @@ from fourdh_batch.models.checkpoint import (
     tensors_digest,
     write_safetensors,
 )
-from fourdh_batch.models.hmr2 import _tf32
+from fourdh_batch.models.precision import tf32
 from fourdh_batch.models.texture import ATLAS_PX, NUM_CHANNELS, unpack_texture
 from fourdh_batch.types import F64, I64, FrameDetections
 
@@ -114,7 +114,7 @@ class TextureEncoder(nn.Module):
         """
         if not len(maps):
             return torch.empty(0, NUM_EMBEDDING, device=self.device)
-        with _tf32(False):
+        with tf32(False):
             return torch.cat([self._pass(part) for part in torch.split(maps, self.maps_per_pass)])
 
     def _pass(self, maps: Tensor) -> Tensor:
@@ -417,7 +417,7 @@ class AppearanceProjection:
         mean = maps.sum(dim=(1, 2), keepdim=True) / mask.sum(dim=(1, 2), keepdim=True)
         maps = torch.where(mask > 0, maps, mean)  # the mean of the mask itself is 1
         embedding = self.encoder.embed(maps.permute(0, 3, 1, 2))
-        with _tf32(False):
+        with tf32(False):
             vectors[rows] = embedding @ self._signs
         return vectors.half()
 

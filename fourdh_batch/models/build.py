@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fourdh_batch.errors import CheckpointError
 from fourdh_batch.models.checkpoint import (
+    fitting_tensors,
     read_lightning_state_dict,
     read_safetensors,
     read_safetensors_metadata,
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 ORIGINS = ("official", "imported", "trained", "untrained")
 PARTS = ("backbone.", "smpl_head.")  # of a published checkpoint; the rest is for training only
-MAX_LISTED = 8  # names per kind of problem in an error message
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,32 +304,8 @@ def _fitting_weights(weights: Mapping[str, Tensor], size: str, source: str) -> d
     _size(size)
     expected = expected_shapes(size)
     found = {name: tensor for name, tensor in weights.items() if name.startswith(PARTS)}
-    problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "other shape": [
-            f"{name} (expected {tuple(shape)}, got {tuple(found[name].shape)})"
-            for name, shape in expected.items()
-            if name in found and found[name].shape != shape
-        ],
-        "other type": [
-            f"{name} (expected floating point, got {tensor.dtype})"
-            for name, tensor in found.items()
-            if not tensor.is_floating_point()
-        ],
-    }
-    if any(problems.values()):
-        lines = [
-            f"{kind}: {', '.join(names[:MAX_LISTED])}"
-            + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
-            for kind, names in problems.items()
-            if names
-        ]
-        raise CheckpointError(
-            f"{source}: expected the {len(expected)} tensors of HMR 2.0 size {size!r}, "
-            f"got {len(found)}; " + "; ".join(lines)
-        )
-    return {name: found[name].float() for name in expected}
+    what = f"HMR 2.0 size {size!r}"
+    return fitting_tensors(found, expected, what=what, source=source)
 
 
 def _digest(weights: Mapping[str, Tensor], expected: str | None, source: str) -> str:

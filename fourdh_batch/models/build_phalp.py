@@ -21,8 +21,10 @@ from numpy.lib import format as npy_format
 from torch import Tensor
 
 from fourdh_batch.errors import CheckpointError
-from fourdh_batch.models.build import IDENTITY_ROT6D, MAX_LISTED, ORIGINS
+from fourdh_batch.models.build import IDENTITY_ROT6D, ORIGINS
 from fourdh_batch.models.checkpoint import (
+    MAX_LISTED,
+    fitting_tensors,
     read_lightning_state_dict,
     read_safetensors,
     read_safetensors_metadata,
@@ -41,6 +43,7 @@ from fourdh_batch.types import F32, F64, NUM_BODY_JOINTS
 logger = logging.getLogger(__name__)
 
 FORMAT = "pose_predictor 1"  # of our safetensors
+WHAT = "a pose predictor"  # in error messages
 PREFIX = "encoder."  # of the network in a published checkpoint; the rest is for training only
 MASK_TYPE = "zero"  # empty slots become the mask token; nothing else is built here
 MAX_MEAN_STD_BYTES = 2**20
@@ -114,19 +117,19 @@ def load_pose_predictor(path: str | Path, *, device: str | torch.device = "cpu")
 
 def import_pose_predictor(
     checkpoint: str | Path,
-    config: str | Path,
-    mean_std: str | Path,
     dst: str | Path,
     *,
+    config: str | Path | None = None,
+    mean_std: str | Path | None = None,
     origin: str = "official",
 ) -> str:
     """Turn the three published files into one safetensors file, so that no pickle is read again.
 
     Args:
         checkpoint: ``pose_predictor.pth``.
-        config: ``pose_predictor.yaml``.
-        mean_std: ``mean_std.npy``.
         dst: the ``.safetensors`` to write.
+        config: ``pose_predictor.yaml``; None: where `load_pose_predictor` looks.
+        mean_std: ``mean_std.npy``; None: where `load_pose_predictor` looks.
         origin: ``official`` for the files of the authors, else ``imported``.
 
     Returns:
@@ -135,7 +138,12 @@ def import_pose_predictor(
     Raises:
         CheckpointError: as `load_pose_predictor`.
     """
-    size, tensors = _read_published(Path(checkpoint), Path(config), Path(mean_std))
+    checkpoint = Path(checkpoint)
+    size, tensors = _read_published(
+        checkpoint,
+        Path(config or checkpoint.with_suffix(".yaml")),
+        Path(mean_std or _mean_std_of(checkpoint)),
+    )
     return _write(dst, size, tensors, origin)
 
 
@@ -263,7 +271,7 @@ def _read_ours(path: Path) -> tuple[PredictorSize, dict[str, Tensor], Mapping[st
         "mean": (NUM_POSE_VECTOR,),
         "std": (NUM_POSE_VECTOR,),
     }
-    return size, _fitting(tensors, shapes, str(path)), metadata
+    return size, fitting_tensors(tensors, shapes, what=WHAT, source=str(path)), metadata
 
 
 def _read_published(
@@ -285,7 +293,8 @@ def _read_published(
                 f"{getattr(size, name)} as in {checkpoint}, got {value}"
             )
     used = {name: t for name, t in weights.items() if not UNUSED.fullmatch(name)}
-    fitting = _fitting(used, expected_shapes(size), f"{checkpoint}: below {PREFIX!r}")
+    source = f"{checkpoint}: below {PREFIX!r}"
+    fitting = fitting_tensors(used, expected_shapes(size), what=WHAT, source=source)
     mean, std = _read_mean_std(mean_std)
     return size, {**fitting, "mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
 
@@ -332,38 +341,6 @@ def _size(weights: Mapping[str, Tensor], told: Mapping[str, int], source: str) -
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{source}: {error}") from error
-
-
-def _fitting(
-    weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: str
-) -> dict[str, Tensor]:
-    """The weights as float32, after an exact comparison of names and shapes."""
-    problems = {
-        "missing": [name for name in expected if name not in weights],
-        "unexpected": [name for name in weights if name not in expected],
-        "other shape": [
-            f"{name} (expected {tuple(shape)}, got {tuple(weights[name].shape)})"
-            for name, shape in expected.items()
-            if name in weights and weights[name].shape != shape
-        ],
-        "other type": [
-            f"{name} (expected floating point, got {tensor.dtype})"
-            for name, tensor in weights.items()
-            if not tensor.is_floating_point()
-        ],
-    }
-    if any(problems.values()):
-        lines = [
-            f"{kind}: {', '.join(names[:MAX_LISTED])}"
-            + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
-            for kind, names in problems.items()
-            if names
-        ]
-        raise CheckpointError(
-            f"{source}: expected the {len(expected)} tensors of a pose predictor, "
-            f"got {len(weights)}; " + "; ".join(lines)
-        )
-    return {name: weights[name].float() for name in expected}
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, int], dict[str, int]]:

@@ -30,6 +30,8 @@ _CONFIG_CLASS = re.compile(
 )
 
 
+MAX_LISTED = 8  # names per kind of problem in an error message
+
 # What damaged or hostile bytes make PyTorch raise.
 _DAMAGED = (
     UnpicklingError,
@@ -55,18 +57,14 @@ class _Inert:
         """Keep nothing."""
 
 
-def read_lightning_state_dict(path: str | Path, *, entry: str = "state_dict") -> dict[str, Tensor]:
-    """The ``state_dict`` of a PyTorch-Lightning checkpoint, mapped from the file.
+def read_checkpoint(path: str | Path) -> Mapping[object, object]:
+    """Everything in a file of `torch.save`, mapped from the file; objects are inert stand-ins.
 
     Args:
-        path: a file written by `torch.save` in PyTorch 1.6 or newer.
-        entry: where the tensors are in it; other programs have other names for it.
-
-    Returns:
-        All tensors under their full names.
+        path: a file written by PyTorch 1.6 or newer.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no such checkpoint, or refers to anything
+        CheckpointError: the file is missing or damaged, holds no dictionary, or refers to anything
             but tensors and configuration classes.
     """
     path = _existing(path)
@@ -85,16 +83,83 @@ def read_lightning_state_dict(path: str | Path, *, entry: str = "state_dict") ->
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _DAMAGED as error:
         raise _damaged(path, error) from error
-    state = content.get(entry) if isinstance(content, Mapping) else None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    return content
+
+
+def read_lightning_state_dict(path: str | Path, *, entry: str = "state_dict") -> dict[str, Tensor]:
+    """The ``state_dict`` of a PyTorch-Lightning checkpoint, mapped from the file.
+
+    Args:
+        path: a file written by `torch.save` in PyTorch 1.6 or newer.
+        entry: where the tensors are in it; other programs have other names for it.
+
+    Returns:
+        All tensors under their full names.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no such checkpoint, or refers to anything
+            but tensors and configuration classes.
+    """
+    content = read_checkpoint(path)
+    state = content.get(entry)
     if not isinstance(state, Mapping):
-        got = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{path}: expected an entry {entry!r}, got {got}")
+        raise CheckpointError(
+            f"{path}: expected an entry {entry!r}, got {list(content)[:MAX_LISTED]}"
+        )
     for name, tensor in state.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise CheckpointError(
                 f"{path}: {entry}: expected tensors, got {name!r}: {type(tensor).__name__}"
             )
     return dict(state)
+
+
+def fitting_tensors(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    what: str,
+    source: str,
+) -> dict[str, Tensor]:
+    """The tensors as float32, after an exact comparison of names and shapes.
+
+    Args:
+        tensors: what came.
+        expected: name to shape.
+        what: what the expected tensors are those of, for error messages.
+        source: what error messages call the tensors that came.
+
+    Raises:
+        CheckpointError: lists the names that are missing, too many, or of another shape or type.
+    """
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "other shape": [
+            f"{name} (expected {tuple(shape)}, got {tuple(tensors[name].shape)})"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+        "other type": [
+            f"{name} (expected floating point, got {tensor.dtype})"
+            for name, tensor in tensors.items()
+            if not tensor.is_floating_point()
+        ],
+    }
+    if any(problems.values()):
+        lines = [
+            f"{kind}: {', '.join(names[:MAX_LISTED])}"
+            + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
+            for kind, names in problems.items()
+            if names
+        ]
+        raise CheckpointError(
+            f"{source}: expected the {len(expected)} tensors of {what}, "
+            f"got {len(tensors)}; " + "; ".join(lines)
+        )
+    return {name: tensors[name].float() for name in expected}
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

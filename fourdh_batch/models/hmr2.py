@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from fourdh_batch.geometry import (
     project_to_crop,
     rot6d_to_rotmat,
 )
+from fourdh_batch.models.precision import tf32
 from fourdh_batch.models.smpl_head import SmplHead
 from fourdh_batch.models.vit import IMAGE_HW, ViT
 from fourdh_batch.types import NUM_BODY_JOINTS
@@ -133,7 +133,7 @@ class Hmr2(nn.Module):
                 f"crops: expected (B, 3, {CROP_PX}, {CROP_PX}), got {tuple(crops.shape)}"
             )
         tokens = self.tokens(crops)
-        with _tf32(False):
+        with tf32(False):
             head = self.smpl_head(tokens)
             rotmats = rot6d_to_rotmat(head.pose6d.view(len(crops), 1 + NUM_BODY_JOINTS, 6))
             pose = rotmats[:, :1], rotmats[:, 1:], head.betas
@@ -161,7 +161,7 @@ class Hmr2(nn.Module):
         precision = self.active_precision
         dtype = REDUCED_DTYPES.get(precision)
         if dtype is None:
-            with _tf32(precision == "tf32"):
+            with tf32(precision == "tf32"):
                 return cast(Tensor, self.backbone(image))
         tokens: Tensor = self._reduced_backbone(dtype)(image.to(dtype)).float()
         if dtype == torch.float16:
@@ -171,7 +171,7 @@ class Hmr2(nn.Module):
                 if not self.num_overflows:
                     logger.warning("fp16 overflowed in the backbone; such crops run in fp32")
                 self.num_overflows += int(bad.sum())
-                with _tf32(False):
+                with tf32(False):
                     tokens[bad] = self.backbone(image[bad])
         return tokens
 
@@ -199,18 +199,3 @@ def _compile_blocks(backbone: ViT) -> None:
     """Compile block by block: all blocks share one compiled form, so it takes seconds."""
     for block in backbone.blocks:
         block.compile()
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Allow or forbid TF32 in matrix products and convolutions on GPUs.
-
-    PyTorch's own default allows it in convolutions, which would touch the patch embedding.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

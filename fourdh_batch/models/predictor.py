@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fourdh_batch.geometry import rot6d_to_rotmat
-from fourdh_batch.models.hmr2 import _tf32
+from fourdh_batch.models.precision import tf32
 from fourdh_batch.models.smpl_head import NUM_CAM_NUMBERS, NUM_POSE_NUMBERS, FeedForward, PreNorm
 from fourdh_batch.types import F32, I64, NUM_BETAS, NUM_BODY_JOINTS, Bool
 
@@ -392,7 +392,7 @@ class PosePredictor:
         """(K, S, 229), (K, S), (K, S), (K, N) to (K N, 229)."""
         if not wanted.size:
             return np.zeros((0, NUM_POSE_VECTOR), np.float32)
-        with _tf32(False):
+        with tf32(False):
             normalised = (self._tensor(pose) - self.mean) / (self.std + STD_EPSILON)
             slot, ignored = self._tensor(pose_slot), self._tensor(is_ignored)
             token = self.network.tokens(normalised, slot, ignored, self._tensor(wanted))

@@ -174,7 +174,7 @@ def test_every_misfit_is_listed_with_expected_and_got(
     ("content", "message"),
     [
         ({"model": {}}, r"expected an entry 'state_dict', got \['model'\]"),
-        ([1, 2], "expected an entry 'state_dict', got list"),
+        ([1, 2], "expected a dictionary, got list"),
         ({"state_dict": {"backbone.x": 3}}, "expected tensors, got 'backbone.x': int"),
     ],
 )

@@ -138,7 +138,7 @@ def test_published_files_answer_the_same_before_and_after_the_import(
     assert loaded.weights_origin == "imported"
     np.testing.assert_array_equal(predict(loaded), predict(predictor))
     mean_std = tmp_path / "mean_std.npy"
-    digest = import_pose_predictor(path, path.with_suffix(".yaml"), mean_std, ours)
+    digest = import_pose_predictor(path, ours, config=path.with_suffix(".yaml"), mean_std=mean_std)
     imported = load_pose_predictor(ours)
     assert imported.weights_origin == "official"
     assert digest == imported.weights_digest == pose_predictor_digest(path)
@@ -291,6 +291,16 @@ def test_a_pickled_pair_of_rows_is_read(write: Callable[..., Path], tmp_path: Pa
     loaded = load_pose_predictor(path)
     assert loaded.mean.tolist() == [5.0] * 3 + [0.0] * 226
     assert loaded.std.tolist() == [2.0] * 3 + [1.0] * 226
+
+
+def test_a_mean_saved_as_an_array_of_objects_is_read(write: Callable[..., Path]) -> None:
+    mean, std = np.full((1, 226), 5.0), np.full((1, 226), 2.0)
+    pair = np.empty(2, object)
+    pair[:] = [mean, std]
+    for saved in (np.array([mean, std], dtype=object), pair):
+        loaded = load_pose_predictor(write(mean_std=saved))
+        assert loaded.mean.tolist() == [5.0] * 226 + [0.0] * 3
+        assert loaded.std.tolist() == [2.0] * 226 + [1.0] * 3
 
 
 @pytest.mark.parametrize(
