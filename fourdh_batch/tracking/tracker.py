@@ -99,6 +99,9 @@ class TextureTerm(Protocol):
     def distances(self, frame: FrameDetections, track_id: I64, detection_row: I64) -> F64:
         """(P,) texture distances, 0 or more, of the pairs (track_id[i], detection_row[i])."""
 
+    def bounds(self, frame: FrameDetections, track_id: I64, detection_row: I64) -> F64:
+        """(P,) numbers that are taken to be above the distances; best where they cost less."""
+
     def observe(self, frame: FrameDetections, track_id: I64, live_track_id: I64) -> None:
         """Learn from a frame that has been associated.
 
@@ -342,7 +345,9 @@ class PhalpTracker:
 
         Looks are compared only where the assignment depends on them. Texture can only add to a
         cost, so an assignment that is cheapest while some costs are still too low, but whose own
-        are all complete, is cheapest (section 17.7).
+        are all complete, is cheapest (section 17.7). A track and a detection that can have nobody
+        but each other need not be compared if even a bound of their distance keeps them together;
+        compat does without such bounds.
         """
         gate, solver_order = self.settings.gate, self.settings.compat
         cost = cost_without_texture(
@@ -359,6 +364,13 @@ class PhalpTracker:
             cost[track, detection] *= texture_factor(distance)
             is_open[track, detection] = False
 
+        if not solver_order:
+            alone = is_open & (is_open.sum(1, keepdims=True) == 1) & (is_open.sum(0) == 1)
+            track, detection = np.nonzero(alone)
+            if len(track):
+                bound = texture.bounds(frame, track_id[track], row[detection])
+                sure = cost[track, detection] * texture_factor(bound) <= gate
+                is_open[track[sure], detection[sure]] = False
         while True:
             match = assign(cost, gate, solver_order=solver_order)
             needed = is_open[match.track, match.detection]

@@ -62,6 +62,9 @@ class RecordedTextures:
         row = np.searchsorted(rows, track_id)
         return self.matrix("texture", frame.frame_index)[row, detection_row]
 
+    def bounds(self, frame: FrameDetections, track_id: I64, detection_row: I64) -> F64:
+        return self.distances(frame, track_id, detection_row)
+
     def observe(self, frame: FrameDetections, track_id: I64, live_track_id: I64) -> None:
         self.seen.extend(track_id)
 

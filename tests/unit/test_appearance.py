@@ -215,6 +215,34 @@ def test_a_map_within_all_its_partners_is_encoded_once(
     assert found_back == pytest.approx(found, rel=ROUNDING, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_bounds_are_above_distances_even_of_white_noise(seed: int) -> None:
+    encoder = untrained_texture_encoder(seed)
+    maps = unpack_texture(torch.from_numpy(random_maps(3, seed=seed)))
+    noise = torch.randn(maps.shape, generator=torch.Generator().manual_seed(seed))
+    noise[:, 3] = 0
+    alike = (maps + 0.02 * noise) * (maps[:, 3:] > 0)
+    alike[:, 3] = maps[:, 3]
+    garbage = (maps + 0.3 * noise) * (maps[:, 3:] > 0)
+    garbage[:, 3] = maps[:, 3]
+    memory = remembering(encoder, maps.numpy())
+    others = torch.cat((alike, garbage, maps.roll(1, 0))).numpy()
+    frame = frame_with(others, index=1)
+    track, row = np.tile([1, 2, 3], 3), np.arange(9)
+    distance, bound = memory.distances(frame, track, row), memory.bounds(frame, track, row)
+    assert (distance < bound).all()
+    assert (bound[:3] < 2).all()  # alike: low enough to settle a pair at half a picture's distance
+
+
+def test_bounds_of_no_pairs_and_of_maps_without_common_texels(
+    encoder: TextureEncoder, looks: np.ndarray
+) -> None:
+    memory = remembering(encoder, looks)
+    frame = frame_with(looks, index=1)
+    assert memory.bounds(frame, ids(), ids()).tolist() == []
+    assert memory.bounds(frame, ids(1, 2), ids(3, 3)).tolist() == [0, 0]
+
+
 def test_a_changed_map_is_compared_anew(encoder: TextureEncoder, looks: np.ndarray) -> None:
     memory = remembering(encoder, looks[:1])
     frame = frame_with(looks[2:3], index=1, score=1.0)

@@ -305,6 +305,9 @@ class Labels:
         looks = np.array([self.look[track] for track in track_id.tolist()])
         return np.abs(looks - self._looks(frame)[detection_row])
 
+    def bounds(self, frame: FrameDetections, track_id: I64, detection_row: I64) -> F64:
+        return np.full(len(track_id), np.inf)  # knows none
+
     def observe(self, frame: FrameDetections, track_id: I64, live_track_id: I64) -> None:
         self.look.update(zip(track_id.tolist(), self._looks(frame).tolist(), strict=True))
         self.look = {track: self.look[track] for track in live_track_id.tolist()}
@@ -373,6 +376,46 @@ def test_the_texture_term_is_asked_for_rows_of_the_frame_not_of_what_is_left_of_
     swapped = frame_of_boxes(8, both[[2, 2, 1]], pose=pose)
     swapped.people.pred_cam[0, 0] = -1
     assert tracker.update(swapped).detection_track_id.tolist() == [-1, 1, 2]
+
+
+class Bounded(Labels):
+    """Knows a bound of everything, and remembers for how many pairs it was asked."""
+
+    bound = 5.0
+    num_bounds = 0
+
+    def bounds(self, frame: FrameDetections, track_id: I64, detection_row: I64) -> F64:
+        self.num_bounds += len(track_id)
+        return np.full(len(track_id), self.bound)
+
+
+def test_a_pair_without_rivals_is_settled_by_a_bound() -> None:
+    looks = Bounded()
+    tracker = PhalpTracker(texture=looks)
+    for i in range(9):
+        tracker.update(two_people(i, (100, 1180)))
+    # A track of one detection may be anywhere (Q9), so that at first both are rivals.
+    assert (looks.num_asked, looks.num_bounds) == (2, 14)
+
+
+@pytest.mark.parametrize(("places", "bound"), [((600, 630), 5.0), ((100, 1180), 50.0)])
+def test_rivals_and_pairs_that_a_bound_does_not_settle_are_compared(
+    places: tuple[float, float], bound: float
+) -> None:
+    looks = Bounded()
+    looks.bound = bound
+    tracker = PhalpTracker(texture=looks)
+    for i in range(9):
+        tracker.update(two_people(i, places))
+    assert looks.num_asked == 16
+
+
+def test_compat_relies_on_no_bound() -> None:
+    looks = Bounded()
+    tracker = PhalpTracker(TrackerSettings(compat=True), texture=looks)
+    for i in range(9):
+        tracker.update(two_people(i, (100, 1180)))
+    assert (looks.num_asked, looks.num_bounds) == (16, 0)
 
 
 def test_the_predicted_pose_is_compared_and_shown_of_ghosts() -> None:

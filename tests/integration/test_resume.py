@@ -1,0 +1,183 @@
+"""A video that is interrupted goes on from its saved state, and nobody can tell from the rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fourdh_batch as fb
+from fourdh_batch.cluster.run import run_job
+from fourdh_batch.config import JobConfig, load_config
+from fourdh_batch.pipeline.engine import build_engine, model_card
+from fourdh_batch.pipeline.following import TrackerModels
+from fourdh_batch.pipeline.plan import Shard, read_corpus
+from fourdh_batch.pipeline.reading import read_chunks
+from fourdh_batch.pipeline.records import ChunkResult, ModelCard
+from fourdh_batch.pipeline.shard import begin_video, video_fingerprint
+from fourdh_batch.storage import Store
+from fourdh_batch.tables.writer import VideoSpool
+from fourdh_batch.types import DecodeSummary
+from tests.media import BoxCorpus
+
+PREDICTOR, TEXTURE = "tracker.predictor_weights=untrained", "tracker.texture_weights=untrained"
+
+
+COMPARED = "tracks", "detections", "videos"
+
+
+class Parts:
+    """A short video, read and reconstructed once; tracked as often as wanted."""
+
+    def __init__(self, folder: Path, num_frames: int, *words: str) -> None:
+        corpus = BoxCorpus(folder / "in")
+        corpus.add("v.mp4", num_frames=num_frames, seed=7, miss=0.2, cut_at=num_frames // 2)
+        self.folder = folder
+        self.config: JobConfig = load_config(None, [*corpus.settings(folder / "out"), *words])
+        self.card: ModelCard = model_card(self.config)
+        self.models = TrackerModels(self.config)
+        [self.video] = read_corpus(self.config.input)
+        engine = build_engine(self.config)
+        self.results: list[ChunkResult] = []
+        for item in read_chunks(self.video, self.config.video):
+            if isinstance(item, DecodeSummary):
+                self.summary = item
+            else:
+                self.results += engine.run([item])
+        self.num_runs = 0
+        self.undisturbed = self.track(frozenset())
+
+    def track(self, saves: frozenset[int], *, lose: int = 0) -> dict[str, Any]:
+        """Tables of the video, interrupted behind the chunks `saves`.
+
+        Args:
+            lose: chunks that are done behind a saved state and lost.
+        """
+        self.num_runs += 1
+        store = Store(str(self.folder / f"run{self.num_runs}"))
+        shard = Shard("s", "d", (self.video,))
+        fingerprint = video_fingerprint(self.video, self.card)
+
+        def begin() -> tuple[Any, VideoSpool]:
+            spool = VideoSpool(store, "s", self.video.video_id, part_bytes=2000)
+            return begin_video(self.video, shard, spool, self.config, self.card, self.models), spool
+
+        tracking, spool = begin()
+        for number, result in enumerate(self.results):
+            tracking.add(result)
+            if number in saves:
+                assert tracking.can_resume
+                assert spool.save(tracking.state(), fingerprint) > 0
+                for behind in self.results[number + 1 : number + 1 + lose]:
+                    tracking.add(behind)
+                tracking, spool = begin()
+                assert tracking.next_frame == result.frame_index[-1] + 1
+        tracking.finish(self.summary)
+        return {name: pd.concat([t.to_pandas() for t in spool.read(name)]) for name in COMPARED}
+
+
+def assert_same(a: dict[str, pd.DataFrame], b: dict[str, pd.DataFrame]) -> None:
+    for name in COMPARED:
+        pd.testing.assert_frame_equal(
+            a[name].reset_index(drop=True), b[name].reset_index(drop=True), check_exact=True
+        )
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """Thirteen chunks, with predicted and completed poses."""
+    return Parts(tmp_path_factory.mktemp("long"), 200, PREDICTOR, "tracker.store_appearance=true")
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(saves=st.frozensets(st.integers(0, 12), max_size=6), lose=st.integers(0, 3))
+def test_a_video_saved_anywhere_goes_on_to_identical_rows(
+    long: Parts, saves: frozenset[int], lose: int
+) -> None:
+    assert (long.undisturbed["tracks"].state == "predicted").sum() > 10
+    assert_same(long.track(saves, lose=lose), long.undisturbed)
+
+
+def test_looks_are_saved_too(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, 40, PREDICTOR, TEXTURE)
+    assert_same(parts.track(frozenset({0, 1}), lose=1), parts.undisturbed)
+
+
+def test_a_state_of_other_models_or_with_lost_rows_is_not_used(long: Parts, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    shard = Shard("s", "d", (long.video,))
+    spool = VideoSpool(store, "s", "v.mp4")
+    tracking = begin_video(long.video, shard, spool, long.config, long.card, long.models)
+    for result in long.results[:9]:
+        tracking.add(result)
+    spool.save(tracking.state(), video_fingerprint(long.video, long.card))
+
+    assert VideoSpool(store, "s", "v.mp4").saved("another fingerprint") is None
+    good = VideoSpool(store, "s", "v.mp4")
+    assert (
+        begin_video(long.video, shard, good, long.config, long.card, long.models).next_frame
+        == 9 * 16
+    )
+    [part, *_] = tmp_path.rglob("detections-*.arrow")
+    part.unlink()
+    afresh = VideoSpool(store, "s", "v.mp4")
+    begun = begin_video(long.video, shard, afresh, long.config, long.card, long.models)
+    assert begun.next_frame == 0
+    assert not list(tmp_path.rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 30, b"\xff" * 64])
+def test_a_damaged_state_means_starting_anew(long: Parts, tmp_path: Path, damage: bytes) -> None:
+    store = Store(str(tmp_path))
+    shard = Shard("s", "d", (long.video,))
+    spool = VideoSpool(store, "s", "v.mp4")
+    tracking = begin_video(long.video, shard, spool, long.config, long.card, long.models)
+    tracking.add(long.results[0])
+    spool.save(tracking.state(), video_fingerprint(long.video, long.card))
+    [saved] = tmp_path.rglob("state.bin")
+    for body in (damage, saved.read_bytes()[:-20] + damage):
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        saved.write_bytes(body)
+        anew = VideoSpool(store, "s", "v.mp4")
+        begun = begin_video(long.video, shard, anew, long.config, long.card, long.models)
+        assert begun.next_frame == 0
+
+
+def test_a_killed_tracking_process_redoes_only_what_is_behind_its_saved_state(
+    tmp_path: Path, local_ray: None
+) -> None:
+    mine = BoxCorpus(tmp_path / "in")
+    mine.add("long.mp4", num_frames=480, seed=5, miss=0.2)
+    common = ["cluster.gpu_actors=1", "hmr.size=mini"]  # not too fast to be caught
+    undisturbed = [*mine.settings(tmp_path / "undisturbed"), *common]
+    assert run_job(load_config(None, undisturbed)).exit_code == 0
+
+    every, killed, done = 64, [], []
+
+    def watch(progress: Any) -> None:
+        if not killed and progress.frames_done >= 200:
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("ray::TrackerWorker"):
+                    killed.append(progress.frames_done)
+                    process.kill()
+        elif killed and progress.frames_done:
+            done.append(progress.frames_done)
+
+    words = [*mine.settings(tmp_path / "out"), *common, f"cluster.checkpoint_frames={every}"]
+    report = run_job(load_config(None, words), on_progress=watch)
+    assert killed
+    assert report.exit_code == 0
+    # Chunks under way at the death are lost with those behind the saved state.
+    in_flight = 16 * 5
+    assert min(done) >= killed[0] - every - in_flight
+    for name in ("tracks", "detections"):
+        pd.testing.assert_frame_equal(
+            fb.read_table(str(tmp_path / "out"), name),
+            fb.read_table(str(tmp_path / "undisturbed"), name),
+            check_exact=True,
+        )
