@@ -8,8 +8,7 @@
 identities, so its own checkout is not needed. `--python` runs it and needs torch, SciPy,
 scikit-learn, OmegaConf and einops (`published_tracker.py`). Not part of `make bench`.
 
-Both sides get the very same detections and weights (`tracker_scene.py`, the goldens' recipe); ours
-runs in `compat` mode, so that identities can be compared. A round is one frame: first the published
+Both sides get the very same detections and weights (`tracker_scene.py`, the goldens' recipe). A round is one frame: first the published
 tracker associates it, then ours; a ratio is the median over the rounds, counted in processor time,
 after a warm-up that fills every track's memory. With `--recorded`, both first have to repeat the
 identities of a sequence recorded from the published tracker, and the driven tracker its costs.
@@ -81,7 +80,7 @@ PARTS = (
 class Ours:
     """Our tracker over a scene."""
 
-    def __init__(self, scene: Scene, predictor: str, parts: Parts) -> None:
+    def __init__(self, scene: Scene, predictor: str, parts: Parts, *, compat: bool) -> None:
         size, seed = SIZES[predictor]
         self.scene, self.parts, self.passes, self.next_frame = scene, parts, 0, 0
         network = PoseTransformer(
@@ -116,10 +115,11 @@ class Ours:
         encoder.get_submodule("conv1x").register_forward_hook(self._count)
         self.memory = TextureMemory(encoder)
         self.memory.distances = parts.timed("texture distance", self.memory.distances)  # type: ignore[method-assign]
+        self.memory.bounds = parts.timed("texture distance", self.memory.bounds)  # type: ignore[method-assign]
         self.memory.observe = parts.timed("texture memory", self.memory.observe)  # type: ignore[method-assign]
 
         self.tracker = PhalpTracker(
-            TrackerSettings(compat=True),
+            TrackerSettings(compat=compat),
             pose_predictor=parts.timed("predictor", pose),
             texture=self.memory,
         )
@@ -153,7 +153,7 @@ class Ours:
         }
 
     def _count(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        self.passes += len(args[0])
+        self.passes += len(args[0]) * args[0].shape[2] ** 2 / 256**2  # in whole maps
 
 
 class Published:
@@ -224,7 +224,7 @@ def repeat_recording(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     with np.load(args.recorded) as z:
         scene = dict(z)
     size = next(name for name, (_, seed) in SIZES.items() if seed == int(scene["weights_seed"]))
-    ours, worst = Ours(scene, size, parts), 0.0
+    ours, worst = Ours(scene, size, parts, compat=True), 0.0
     wrong_ids, seconds, passes = Counter[str](), Counter[str](), Counter[str]()
     ends = np.cumsum(scene["cost_shape"].prod(1))
     with published(args.reference, args.python, scene, size) as theirs:
@@ -261,7 +261,7 @@ def side_by_side(
 ) -> dict[str, Any]:
     """Ratio, identities, parts, encoder passes and memory for one number of people."""
     scene = make_scene(num_people, WARM_UP + args.frames)
-    ours = Ours(scene, predictor, parts)
+    ours = Ours(scene, predictor, parts, compat=args.mode == "compat")
     rounds: list[tuple[dict[str, Any], dict[str, Any]]] = []
     with published(args.reference, args.python, scene, predictor) as theirs:
         for _ in range(WARM_UP + args.frames):
@@ -274,6 +274,7 @@ def side_by_side(
     figures: dict[str, Any] = {
         "people": num_people,
         "predictor": predictor,
+        "mode": args.mode,
         "what": "published / ours, CPU time per frame",
         "value": statistics.median(ratios),
         "unit": "x",
@@ -304,7 +305,10 @@ def side_by_side(
 
 def growth(args: argparse.Namespace, predictor: str, parts: Parts) -> list[dict[str, Any]]:
     """Our cost per frame as people grow, against the fewest; in turn."""
-    sides = [Ours(make_scene(n, WARM_UP + args.frames), predictor, parts) for n in GROWTH]
+    sides = [
+        Ours(make_scene(n, WARM_UP + args.frames), predictor, parts, compat=args.mode == "compat")
+        for n in GROWTH
+    ]
     seconds: list[list[float]] = [[] for _ in sides]
     for turn in range(WARM_UP + args.frames):
         for side, spent in zip(sides, seconds, strict=True):
@@ -331,7 +335,7 @@ def growth(args: argparse.Namespace, predictor: str, parts: Parts) -> list[dict[
 
 def show(figures: dict[str, Any]) -> None:
     low, high = figures["spread"]
-    where = f"{figures['people']} people, {figures['predictor']} predictor"
+    where = f"{figures['people']} people, {figures['predictor']} predictor, {figures['mode']} mode"
     print(f"{where}: {figures['value']:.3g} x  ({low:.3g} to {high:.3g})")
     same, of = figures["frames_with_same_ids"]
     print(f"  identities equal in {same} of {of} frames")
@@ -361,6 +365,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, nargs="*", default=[3, 10, 20])
     parser.add_argument("--frames", type=int, default=10, help="timed frames")
     parser.add_argument("--predictor", nargs="+", choices=SIZES, default=["medium"])
+    parser.add_argument("--mode", choices=("default", "compat"), default="default", help="of ours")
     parser.add_argument("--growth", action="store_true", help="ours alone, 10 to 100 people")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
