@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fourdh_batch.models.smpl import load_body
     from fourdh_batch.pipeline.process import load_models, process_video
     from fourdh_batch.tables.reader import read_table, read_tracks, smpl_arrays
+    from fourdh_batch.tables.smoothing import smooth_tracks
     from fourdh_batch.tracking.tracker import PhalpTracker
     from fourdh_batch.types import KEYPOINT_NAMES
 
@@ -34,6 +35,7 @@ _HOME = {
     "process_video": "pipeline.process",
     "read_table": "tables.reader",
     "read_tracks": "tables.reader",
+    "smooth_tracks": "tables.smoothing",
     "smpl_arrays": "tables.reader",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "process_video",
     "read_table",
     "read_tracks",
+    "smooth_tracks",
     "smpl_arrays",
 ]
 

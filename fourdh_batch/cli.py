@@ -55,6 +55,14 @@ app.add_typer(weights_app, name="weights")
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="[JOB.yaml] KEY=VALUE...", show_default=False)
 ]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PART",
+        help="hmr2, texture or predictor; else told by the content.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -156,21 +164,31 @@ def weights_list_command() -> None:
 
 @weights_app.command("import")
 def weights_import_command(
-    source: Annotated[Path, typer.Argument(help="Official checkpoint (.ckpt).")],
+    source: Annotated[Path, typer.Argument(help="Published checkpoint (.ckpt, .pth).")],
     target: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
+    part: Part = None,
+    yaml: Annotated[
+        Path | None, typer.Option(help="Of the pose predictor; else beside the checkpoint.")
+    ] = None,
+    mean_std: Annotated[
+        Path | None, typer.Option(help="Of the pose predictor; else mean_std.npy beside it.")
+    ] = None,
 ) -> None:
-    """Turn an official HMR 2.0 checkpoint into a plain tensor file, checking every key.
+    """Turn a published checkpoint into a plain tensor file, checking every key.
 
     Nothing in the checkpoint is executed.
 
-    Example: fourdh weights import epoch=35-step=1000000.ckpt hmr2.safetensors
+    Examples: fourdh weights import epoch=35-step=1000000.ckpt hmr2.safetensors;
+    fourdh weights import hmar_v2_weights.pth texture.safetensors;
+    fourdh weights import pose_predictor.pth predictor.safetensors --yaml pose_predictor.yaml
+    --mean-std mean_std.npy
     """
 
     def convert() -> int:
-        from fourdh_batch.models.build import convert_official_checkpoint
+        from fourdh_batch.models.weights import import_weights
 
-        convert_official_checkpoint(source, target)
-        typer.echo(str(target))
+        made = import_weights(source, target, part=part, config=yaml, mean_std=mean_std)
+        typer.echo(f"{target}: {made}")
         return DONE
 
     raise typer.Exit(_guarded(convert))
@@ -178,7 +196,8 @@ def weights_import_command(
 
 @weights_app.command("check")
 def weights_check_command(
-    path: Annotated[Path, typer.Argument(help=".ckpt or .safetensors")],
+    path: Annotated[Path, typer.Argument(help=".ckpt, .pth or .safetensors")],
+    part: Part = None,
 ) -> None:
     """Check the keys and shapes of a weights file.
 
@@ -186,9 +205,9 @@ def weights_check_command(
     """
 
     def check() -> int:
-        from fourdh_batch.models.build import check_checkpoint
+        from fourdh_batch.models.weights import check_weights
 
-        typer.echo(check_checkpoint(path))
+        typer.echo(check_weights(path, part=part))
         return DONE
 
     raise typer.Exit(_guarded(check))

@@ -74,6 +74,7 @@ def test_public_names_are_those_promised() -> None:
         "process_video",
         "read_table",
         "read_tracks",
+        "smooth_tracks",
         "smpl_arrays",
     }
     for name in fb.__all__:
