@@ -8,10 +8,11 @@
 identities, so its own checkout is not needed. `--python` runs it and needs torch, SciPy,
 scikit-learn, OmegaConf and einops (`published_tracker.py`). Not part of `make bench`.
 
-Both sides get the very same detections and weights (`tracker_scene.py`, the goldens' recipe). A round is one frame: first the published
-tracker associates it, then ours; a ratio is the median over the rounds, counted in processor time,
-after a warm-up that fills every track's memory. With `--recorded`, both first have to repeat the
-identities of a sequence recorded from the published tracker, and the driven tracker its costs.
+Both sides get the very same detections and weights (`tracker_scene.py`, the goldens' recipe). A
+round is one frame: first the published tracker associates it, then ours; a ratio is the median over
+the rounds, counted in processor time, after a warm-up that fills every track's memory. With
+`--recorded`, both first have to repeat the identities of a sequence recorded from the published
+tracker (ours in compat mode), and the driven tracker its costs.
 
 People of a made scene keep apart: the best case for a lazy assignment, which then compares looks
 once per track. In the recorded sequences they cross.
