@@ -548,17 +548,22 @@ def _cuts_of_shots(table: Any) -> Any:
 def planning_card(config: JobConfig) -> ModelCard:
     """Digest of everything but the input that decides what the rows hold.
 
-    Known without torch, so that a run that has nothing to do is quick; the names of body and
-    weights are filled in by `full_card`.
+    Known without torch where no pose predictor is given, so that a run that has nothing to do is
+    quick; the names of body and weights are filled in by `full_card`.
+
+    Raises:
+        ConfigError, CheckpointError: a file is not there, or does not fit.
     """
     hmr, tracker, wanted, poses = config.hmr, config.tracker, config.detector, config.poses
     predictor = tracker.predictor_weights
+    if predictor and predictor != UNTRAINED:
+        from fourdh_batch.models.build_phalp import pose_predictor_digest
+
+        predictor = pose_predictor_digest(predictor)
     digests = {
         "body": _digest(hmr.body, "hmr.body"),
         "extra_regressor": _digest(hmr.extra_regressor, "hmr.extra_regressor"),
-        "predictor": predictor
-        if predictor == UNTRAINED
-        else _digest(predictor, "tracker.predictor_weights"),
+        "predictor": predictor,
     }
     fingerprint = fingerprint_of(
         {

@@ -16,7 +16,7 @@ import pytest
 
 import fourdh_batch as fb
 from fourdh_batch.config import load_config
-from fourdh_batch.errors import ConfigError, ManifestError, OutputInUseError
+from fourdh_batch.errors import CheckpointError, ConfigError, ManifestError, OutputInUseError
 from fourdh_batch.geometry import project_full_image
 from fourdh_batch.pipeline.job import RunReport
 from fourdh_batch.pipeline.retrack import retrack
@@ -121,6 +121,24 @@ def test_a_rerun_does_nothing_and_other_settings_or_poses_redo(tmp_path: Path) -
         run(tmp_path / "in", out, "tracker.n_init=2")
     run(tmp_path / "in", out, "plan.remove_missing=true")
     assert sorted(fb.read_table(str(out), "videos")["video_id"]) == ["b", "c"]
+
+
+def test_the_pose_predictor_counts_by_its_content(tmp_path: Path) -> None:
+    from fourdh_batch.models.build_phalp import save_pose_predictor, untrained_pose_predictor
+
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        predictor = untrained_pose_predictor(seed)
+        save_pose_predictor(predictor, tmp_path / f"{name}.safetensors")
+    w = walkers(num_frames=10)
+    pose_files.write_npz(tmp_path / "in" / "a.npz", pose_files.npz_content(w))
+
+    def shards(weights: str) -> int:
+        word = f"tracker.predictor_weights={tmp_path / weights}.safetensors"
+        return len(run(tmp_path / "in", tmp_path / "out", word).shards)
+
+    assert (shards("a"), shards("b"), shards("c")) == (1, 0, 1)
+    with pytest.raises(CheckpointError, match=r"d\.safetensors: no such file"):
+        shards("d")
 
 
 def test_two_processes_give_the_same_tables_as_one(tmp_path: Path) -> None:
