@@ -81,7 +81,9 @@ PARTS = (
 class Ours:
     """Our tracker over a scene."""
 
-    def __init__(self, scene: Scene, predictor: str, parts: Parts, *, compat: bool) -> None:
+    def __init__(
+        self, scene: Scene, predictor: str, parts: Parts, *, compat: bool, device: str = "cpu"
+    ) -> None:
         size, seed = SIZES[predictor]
         self.scene, self.parts, self.passes, self.next_frame = scene, parts, 0, 0
         network = PoseTransformer(
@@ -103,10 +105,10 @@ class Ours:
             torch.from_numpy(np.append(scene[name], [filler] * 3).astype(np.float32))
             for name, filler in (("mean", 0.0), ("std", 1.0))
         ]
-        pose = PosePredictor(network, *statistics_)
+        pose = PosePredictor(network, *statistics_, device=device)
         pose.network.read_out = parts.timed("predictor read-out", pose.network.read_out)
 
-        encoder = untrained_texture_encoder()
+        encoder = untrained_texture_encoder(device=device)
         encoder.load_state_dict(
             {
                 key.removeprefix("encoding_head."): value

@@ -67,7 +67,7 @@ def test_with_depth_drawn_here_masks_agree(golden: Golden) -> None:
     compare(golden.sampler.sample(*golden.inputs), golden.expected, min_agreement=0.995)
 
 
-def test_nothing_is_seen_of_a_body_beyond_the_far_plane(golden: Golden) -> None:
+def test_q8_nothing_is_seen_of_a_body_beyond_the_far_plane(golden: Golden) -> None:
     got = golden.sampler.sample(*golden.inputs)
     assert (golden.expected[2, 3] == -1).all()
     assert (got[2, 3] == -1).all()

@@ -61,7 +61,9 @@ def first(
     return root, words
 
 
-def test_every_video_has_its_row_and_every_problem_is_named(first: tuple[Path, list[str]]) -> None:
+def test_q21_every_video_has_its_row_and_every_problem_is_named(
+    first: tuple[Path, list[str]],
+) -> None:
     root, _ = first
     videos = fb.read_table(str(root), "videos").set_index("video_id")
     assert sorted(videos.index) == sorted([*SOUND, "empty.mp4", "cut_short.mp4"])
@@ -95,6 +97,16 @@ def test_tables_open_with_pandas_and_duckdb_and_hold_people(first: tuple[Path, l
     joints = np.stack(detected["keypoints_2d_px"]).reshape(-1, 44, 2)
     assert (np.abs(joints.mean(1)[:, 0] - box[:, [0, 2]].mean(1)) < 15).all()
     assert (joints[:, [11, 14], 1].mean(1) > joints[:, 0, 1]).all()
+
+
+def test_q14_rows_filled_in_later_stand_in_order(first: tuple[Path, list[str]]) -> None:
+    root, _ = first
+    tracks = fb.read_tracks(str(root), video_id="two.mp4")
+    keys = tracks[["frame_index", "track_id"]]
+    assert keys.equals(keys.sort_values(["frame_index", "track_id"]))
+    before_confirmation = tracks[tracks["hits"] < 5]
+    assert not before_confirmation.empty
+    assert set(before_confirmation["state"]) == {"detected"}
 
 
 def test_each_walker_keeps_one_identity(first: tuple[Path, list[str]], corpus: BoxCorpus) -> None:

@@ -131,7 +131,7 @@ def test_embedding_leaves_its_input_alone(encoder: TextureEncoder, looks: np.nda
     assert torch.equal(maps, before)
 
 
-def test_pairs_without_a_common_texel_are_at_exactly_0_and_cost_nothing(
+def test_q7_pairs_without_a_common_texel_are_at_exactly_0_and_cost_nothing(
     counting: CountingEncoder, looks: np.ndarray
 ) -> None:
     left, right = looks[:1].copy(), looks[:1].copy()
