@@ -100,7 +100,7 @@ def retrack(config: JobConfig, *, on_progress: OnProgress = lambda progress: Non
     if config.plan.limit:
         given = given[: config.plan.limit]
     videos = [Video(v.video_id, v.uri, v.num_bytes, v.fingerprint) for v in given]
-    card = planning_card(config)
+    card = planning_card(config, source)
 
     def work(ledger: Ledger) -> None:
         ledger.report.card = full_card(card, config, source)
@@ -545,14 +545,15 @@ def _cuts_of_shots(table: Any) -> Any:
 # --- what the rows depend on -------------------------------------------------------------------
 
 
-def planning_card(config: JobConfig) -> ModelCard:
+def planning_card(config: JobConfig, source: PoseSource) -> ModelCard:
     """Digest of everything but the input that decides what the rows hold.
 
     Known without torch where no pose predictor is given, so that a run that has nothing to do is
-    quick; the names of body and weights are filled in by `full_card`.
+    quick; the name of the body is filled in by `full_card`.
 
     Raises:
-        ConfigError, CheckpointError: a file is not there, or does not fit.
+        ConfigError, CheckpointError: a file is not there, or does not fit; rows of an earlier run
+            were made with several bodies.
     """
     hmr, tracker, wanted, poses = config.hmr, config.tracker, config.detector, config.poses
     predictor = tracker.predictor_weights
@@ -588,10 +589,11 @@ def planning_card(config: JobConfig) -> ModelCard:
     if predictor == UNTRAINED:
         pose = f"{pose}, {UNTRAINED}"
     texture = "compact looks where given" if poses.looks else "no texture"
+    weights = source.origin()[0] if isinstance(source, EarlierRun) else GIVEN
     return ModelCard(
         fingerprint=fingerprint,
-        weights=GIVEN,
-        weights_origin=GIVEN,
+        weights=weights,
+        weights_origin=weights,
         body="",
         detector=f"poses:{poses.layout}",
         cues=f"location (ridge) + pose ({pose}) + {texture}",
@@ -599,7 +601,7 @@ def planning_card(config: JobConfig) -> ModelCard:
 
 
 def full_card(card: ModelCard, config: JobConfig, source: PoseSource) -> ModelCard:
-    """The card with the names of body and weights; loads the body.
+    """The card with the name of the body, which is loaded for that.
 
     Raises:
         ConfigError: the rows of an earlier run were made with another body.
@@ -612,9 +614,8 @@ def full_card(card: ModelCard, config: JobConfig, source: PoseSource) -> ModelCa
     except FileNotFoundError as error:
         raise ConfigError(f"hmr.body={hmr.body}: no such file: {error.filename}") from None
     name = f"{body.name}:{body.digest[:16]}"
-    weights = GIVEN
     if isinstance(source, EarlierRun):
-        weights, before = source.origin()
+        _, before = source.origin()
         if before and before != name:
             raise ConfigError(
                 f"hmr.body: expected the body of the earlier run, {before}, got {name}; its betas "
@@ -625,7 +626,7 @@ def full_card(card: ModelCard, config: JobConfig, source: PoseSource) -> ModelCa
             "body: open. Poses of SMPL fit it, shapes do not: betas mean SMPL's shape space. Give "
             "hmr.body=SMPL_NEUTRAL.pkl hmr.extra_regressor=SMPL_to_J19.pkl for right keypoints"
         )
-    return replace(card, body=name, weights=weights, weights_origin=weights)
+    return replace(card, body=name)
 
 
 def _digest(path: str, setting: str) -> str:

@@ -316,20 +316,37 @@ def test_what_the_decoder_said_is_kept(tmp_path: Path) -> None:
     assert failures["error_class"].tolist() == ["CorruptVideoError"] * 2
 
 
+def rewrite_tracks(root: Path, column: str, value: str) -> None:
+    """Give one column of the only shard another value throughout."""
+    path = next((root / "tracks").rglob("*.parquet"))
+    table = pd.read_parquet(path)
+    table[column] = value
+    table.to_parquet(path, index=False)
+    commit = next((root / "_commits").iterdir())
+    record = json.loads(commit.read_text())
+    record["objects"]["tracks"]["num_bytes"] = path.stat().st_size
+    commit.write_text(json.dumps(record))
+
+
 def test_another_body_than_that_of_the_earlier_run_is_refused(tmp_path: Path) -> None:
     w = walkers(num_frames=8)
     pose_files.write_npz(tmp_path / "in" / "clip.npz", pose_files.npz_content(w))
     run(tmp_path / "in", tmp_path / "first")
-    path = next((tmp_path / "first" / "tracks").rglob("*.parquet"))
-    table = pd.read_parquet(path)
-    table["body_model"] = "smpl:0123456789abcdef"
-    commits = next((tmp_path / "first" / "_commits").iterdir())
-    table.to_parquet(path, index=False)
-    record = json.loads(commits.read_text())
-    record["objects"]["tracks"]["num_bytes"] = path.stat().st_size
-    commits.write_text(json.dumps(record))
+    rewrite_tracks(tmp_path / "first", "body_model", "smpl:0123456789abcdef")
     with pytest.raises(ConfigError, match=r"hmr\.body: expected.*smpl:0123456789abcdef"):
         run(tmp_path / "first", tmp_path / "again")
+
+
+def test_the_origin_of_the_weights_is_that_of_the_earlier_run(tmp_path: Path) -> None:
+    w = walkers(num_frames=8)
+    pose_files.write_npz(tmp_path / "in" / "clip.npz", pose_files.npz_content(w))
+    run(tmp_path / "in", tmp_path / "first")
+    rewrite_tracks(tmp_path / "first", "weights", "official")
+    for num_shards in (1, 0):  # a rerun says the same
+        report = run(tmp_path / "first", tmp_path / "again")
+        assert len(report.shards) == num_shards
+        assert report.card.weights_origin == "official"
+    assert set(fb.read_tracks(str(tmp_path / "again"))["weights"]) == {"official"}
 
 
 # --- settings and the script -------------------------------------------------------------------
