@@ -219,7 +219,7 @@ def bring_up_to_date(
         todo = []
         for shard in shards:
             commit = commits.get(shard.shard_id)
-            if commit is None or must_redo(shard, commit, card, config):
+            if commit is None or _must_redo(shard, commit, card, config):
                 todo.append(shard)
                 continue
             report.num_shards_before += 1
@@ -245,7 +245,7 @@ def bring_up_to_date(
     return report
 
 
-def must_redo(shard: Shard, commit: CommitRecord, card: ModelCard, config: JobConfig) -> bool:
+def _must_redo(shard: Shard, commit: CommitRecord, card: ModelCard, config: JobConfig) -> bool:
     """Whether a finished shard differs from what a run of today would make of it."""
     if config.plan.retry_quarantined and any(v.status == QUARANTINED for v in commit.videos):
         return True
