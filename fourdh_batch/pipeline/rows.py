@@ -145,7 +145,7 @@ class RowBuilder:
             is no body in front of the camera.
         keep_predicted: write rows for frames in which a track was missed and later seen again.
             Frames after a track's last detection never get rows: nothing says the person was
-            still there (docs/PHALP.md, section 15, Q18).
+            still there (docs/PHALP.md, section 15, Q18). Nor do gaps with a cut in them.
         keep_reconstructions: keep what the tracker is fed with in `detections`, for tracking
             again without looking at the video.
     """
@@ -172,6 +172,7 @@ class RowBuilder:
         self._open_ghosts: list[_Ghosts] = []
         self._last_seen: dict[int, F32] = {}  # track: box (4) and camera (3)
         self._last_shot_id = -1
+        self._shot_start = 0  # first frame of the present shot
         self.track_len: Counter[int] = Counter()
         self.num_detections = 0
 
@@ -205,6 +206,9 @@ class RowBuilder:
         chunk.shot_id[frame_row] = shot_id
         chunk.is_shot_start[frame_row] = 0 <= self._last_shot_id < shot_id
         self._last_shot_id = shot_id
+        if chunk.is_shot_start[frame_row]:
+            self._shot_start = frame.frame_index
+            self._drop_open_ghosts()
         chunk.num_frames_tracked += 1
         chunk.fate[start + frame.invalid_row] = _INVALID
         if self._frames is not None:
@@ -227,7 +231,8 @@ class RowBuilder:
 
         if self._open_ghosts:
             self._settle_ghosts(seen_id=frame.track_id[seen], live_id=frame.track_id)
-        ghost = np.flatnonzero(frame.detection_row < 0)
+        last_seen = frame.frame_index - frame.frames_since_seen
+        ghost = np.flatnonzero((frame.detection_row < 0) & (last_seen >= self._shot_start))
         if self._keep_predicted and len(ghost):
             chunk.ghosts[frame_row] = ghosts = self._ghosts(frame, ghost)
             self._open_ghosts.append(ghosts)
@@ -274,6 +279,12 @@ class RowBuilder:
     def _discard(self, refs: DetectionRefs) -> None:
         for chunk, person, _ in self._resolve(refs):
             chunk.fate[person] = _UNCONFIRMED
+
+    def _drop_open_ghosts(self) -> None:
+        """A cut: whoever is missed now is not expected in a picture from elsewhere."""
+        for ghosts in self._open_ghosts:
+            ghosts.fate[ghosts.fate == _OPEN] = _DROP
+        self._open_ghosts = []
 
     def _settle_ghosts(self, *, seen_id: I64, live_id: I64) -> None:
         """Keep the ghosts of tracks seen again, drop those of tracks that were given up."""
@@ -337,14 +348,23 @@ class RowBuilder:
         }
 
     def _fill_in(self, completed: CompletedPoses) -> None:
-        """Overwrite what was expected of missed frames, where the completion is a body."""
+        """Overwrite what was expected of missed frames, where the completion is a body.
+
+        Of a gap with a cut in it no row is wanted, and its chunks may have gone.
+        """
         sound = is_sound(completed.pose)
         *body, camera = split_pose_vectors(completed.pose)
         for k, frame_index in enumerate(completed.frame_index.tolist()):
-            chunk = self._chunk_of_frame[frame_index]
-            ghosts = chunk.ghosts[int(np.searchsorted(chunk.result.frame_index, frame_index))]
-            (row,) = np.flatnonzero(ghosts.track_id == completed.track_id)
-            assert ghosts.fate[row] == _INCOMPLETE, f"frame {frame_index}: not to be completed"
+            chunk = self._chunk_of_frame.get(frame_index)
+            if chunk is None:
+                continue
+            frame_row = int(np.searchsorted(chunk.result.frame_index, frame_index))
+            ghosts = chunk.ghosts.get(frame_row)
+            if ghosts is None:
+                continue
+            row = int(np.argmax(ghosts.track_id == completed.track_id))
+            if ghosts.track_id[row] != completed.track_id or ghosts.fate[row] != _INCOMPLETE:
+                continue
             ghosts.fate[row] = _KEEP
             if not sound[k]:
                 continue
@@ -375,6 +395,7 @@ class RowBuilder:
             "last_seen_id": np.array(list(self._last_seen), np.int64),
             "last_seen": np.array(list(self._last_seen.values()), np.float32).reshape(-1, 7),
             "last_shot_id": self._last_shot_id,
+            "shot_start": self._shot_start,
             "track_len": np.array(list(self.track_len.items()), np.int64).reshape(-1, 2),
             "num_detections": self.num_detections,
             "frame_runs": self.frame_runs,
@@ -399,6 +420,7 @@ class RowBuilder:
             self._completion.restore(state["completion"])
         self._last_seen = dict(zip(state["last_seen_id"].tolist(), state["last_seen"], strict=True))
         self._last_shot_id = state["last_shot_id"]
+        self._shot_start = state["shot_start"]
         self.track_len = Counter(dict(state["track_len"].tolist()))
         self.num_detections = state["num_detections"]
         if self._frames is not None:

@@ -219,7 +219,11 @@ def expected_rows(scene: Scene) -> set[tuple[int, int, str, int]]:
         for track, past in zip(out.backfill.track_id, out.backfill.frame_index, strict=True):
             seen[int(track)].add(int(past))
     rows = {(t, track, "detected", 0) for track, frames in seen.items() for t in frames}
-    return rows | {(t, k, "predicted", s) for t, k, s in ghosts if t < max(seen[k])}
+    for t, track, since in ghosts:
+        later = [frame for frame in seen[track] if frame > t]
+        if later and scene.shot_of[t - since] == scene.shot_of[min(later)]:
+            rows.add((t, track, "predicted", since))
+    return rows
 
 
 @settings(max_examples=12, deadline=None)
@@ -442,6 +446,22 @@ def test_a_state_of_other_settings_is_refused() -> None:
     other = RowBuilder(dataset="d", video_id="v", card=CARD, keypoints=still, completer=Nearest())
     with pytest.raises(ValueError, match="completion: the state was saved under other settings"):
         other.restore(saved)
+
+
+@pytest.mark.parametrize("completer", [None, Nearest()])
+@pytest.mark.parametrize(("cut", "num_predicted"), [(9, 4), (10, 0), (12, 0), (14, 0), (15, 4)])
+def test_a_gap_with_a_cut_in_it_gets_no_rows(
+    completer: PoseCompleter | None, cut: int, num_predicted: int
+) -> None:
+    """Somebody is seen up to frame 9 and from 14 on."""
+    box = np.float32([[100, 100, 160, 260]])
+    boxes = [box[:0] if 10 <= t < 14 else box for t in range(24)]
+    low = [np.zeros(len(here), bool) for here in boxes]
+    scene = Scene(boxes, low, [int(t >= cut) for t in range(24)])
+    for chunks in ([24], [5]):
+        rows = build(scene, chunks, completer=completer)[0].to_pandas()
+        assert (rows["state"] == "predicted").sum() == num_predicted
+        assert (rows["state"] == "detected").sum() == 20
 
 
 def test_predicted_rows_can_be_left_out() -> None:
