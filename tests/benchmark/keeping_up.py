@@ -48,10 +48,14 @@ def chunk(number: int, rng: np.random.Generator, *, has_texture: bool) -> ChunkR
     texture = None
     if has_texture:
         texture = np.zeros((num, 4, 256, 256), np.uint8)
-        mask = rng.random((num, 16, 16)) < 0.35
-        texture[:, 3] = 255 * mask.repeat(16, 1).repeat(16, 2)
-        texture[:, :3] = rng.integers(0, 255, (num, 3, 1, 1), dtype=np.uint8)
-        texture[:, :3] *= texture[:, 3:] > 0
+        own = np.random.default_rng(1)  # everybody keeps the own clothes, and turns a little
+        colour = own.integers(20, 235, (NUM_PEOPLE, 3, 16, 16), dtype=np.uint8)
+        seen = own.random((NUM_PEOPLE, 16, 16)) < 0.35
+        cells = np.tile(seen, (CHUNK_FRAMES, 1, 1)) & (rng.random((num, 16, 16)) < 0.95)
+        mask = cells.repeat(16, 1).repeat(16, 2)
+        texture[:, 3] = 255 * mask
+        texture[:, :3] = np.tile(colour, (CHUNK_FRAMES, 1, 1, 1)).repeat(16, 2).repeat(16, 3)
+        texture[:, :3] *= mask[:, None]
     index = np.arange(start, start + CHUNK_FRAMES)
     scores = np.where(index == 0, np.nan, 0.0)
     return ChunkResult(
