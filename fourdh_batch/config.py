@@ -9,6 +9,7 @@ knows where a value came from.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -20,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fourdh_batch.errors import ConfigError
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 @dataclass
@@ -133,6 +136,11 @@ class TrackerConfig:
     compat: bool = False
     store_appearance: bool = False
     device: str = "auto"
+
+    @property
+    def has_networks(self) -> bool:
+        """Whether a tracking process has anything to run on a GPU."""
+        return bool(self.texture_weights or self.predictor_weights)
 
 
 @dataclass
@@ -378,6 +386,7 @@ def _impossible(config: JobConfig) -> list[str]:
     """Values that no job can use."""
     video, detector, hmr = config.video, config.detector, config.hmr
     plan, cluster, tracker, poses = config.plan, config.cluster, config.tracker, config.poses
+    shares = cluster.gpus_per_actor + cluster.trackers_per_actor * cluster.gpus_per_tracker
     checks: list[tuple[str, bool, str, object]] = [
         (
             "video.decoder",
@@ -412,7 +421,7 @@ def _impossible(config: JobConfig) -> list[str]:
         ("detector.input_size", detector.input_size >= 0, "0 or more", detector.input_size),
         (
             "hmr.device",
-            hmr.device == "auto" or hmr.device.split(":")[0] in ("cpu", "cuda"),
+            _DEVICE.fullmatch(hmr.device) is not None,
             "auto, cpu or cuda",
             hmr.device,
         ),
@@ -469,9 +478,16 @@ def _impossible(config: JobConfig) -> list[str]:
         ),
         (
             "tracker.device",
-            tracker.device == "auto" or tracker.device.split(":")[0] in ("cpu", "cuda"),
+            _DEVICE.fullmatch(tracker.device) is not None,
             "auto, cpu or cuda",
             tracker.device,
+        ),
+        (
+            "cluster.gpus_per_tracker",
+            not (tracker.has_networks and cluster.gpus_per_actor <= 1) or shares <= 1 + 1e-9,
+            "shares of a GPU for a model process and its trackers of at most 1 together",
+            f"{cluster.gpus_per_actor:g} + {cluster.trackers_per_actor} x "
+            f"{cluster.gpus_per_tracker:g}",
         ),
         (
             "cluster.units_per_actor",
@@ -497,6 +513,11 @@ def _impossible(config: JobConfig) -> list[str]:
         ("poses.workers", poses.workers >= 0, "0 or more", poses.workers),
         ("dataset", bool(config.dataset.strip()), "a name", config.dataset),
     ]
-    return [
+    infinite = [
+        f"{key}: expected a finite number, got {value!r}"
+        for key, value in _leaves(asdict(config))
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    return infinite + [
         f"{key}: expected {expected}, got {got!r}" for key, ok, expected, got in checks if not ok
     ]

@@ -92,11 +92,11 @@ class ModelWorker:
         """
         if isinstance(self._engine, Exception):
             raise self._engine
-        start: int = ray.get(tracker.begin.remote(unit, shard, video))
         unacknowledged: deque[Any] = deque()
-        num_frames = start
         summary: DecodeSummary | None = None
         try:
+            start: int = ray.get(tracker.begin.remote(unit, shard, video))
+            num_frames = start
             for item in self._decode(video, start):
                 if isinstance(item, DecoderStarted):
                     journal.report.remote(unit, num_frames)

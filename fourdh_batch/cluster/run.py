@@ -204,9 +204,10 @@ class _Scheduler:
         """As many as asked for, or one per GPU; but every lane needs cores for a decoder too."""
         cluster = self._config.cluster
         resources = ray.cluster_resources()
-        share = cluster.gpus_per_actor + cluster.trackers_per_actor * cluster.gpus_per_tracker
-        gpus = int(resources.get("GPU", 0) / share)
-        wanted = cluster.gpu_actors or max(1, gpus)
+        share = cluster.gpus_per_actor + cluster.trackers_per_actor * self._tracker_share()
+        gpus = resources.get("GPU", 0)
+        fitting = int(gpus) * int(1 / share + 1e-9) if share <= 1 else int(gpus / share)
+        wanted = cluster.gpu_actors or max(1, fitting)
         cpus = resources.get("CPU", 0)
         room = max(1, int(cpus / (cluster.cpus_per_actor + cluster.cpus_per_decoder)))
         if room < wanted:
@@ -232,11 +233,14 @@ class _Scheduler:
         return _Lane(model, trackers)
 
     def _start_tracker(self) -> Any:
-        tracker = self._config.tracker
-        has_networks = bool(tracker.texture_weights or tracker.predictor_weights)
-        wants_gpu = has_networks and not tracker.device.startswith("cpu") and self._wants_gpu()
-        share = self._config.cluster.gpus_per_tracker if wants_gpu else 0
+        share = self._tracker_share()
         return TrackerActor.options(num_cpus=0, num_gpus=share).remote(self._config, self._card)
+
+    def _tracker_share(self) -> float:
+        """What a tracking process takes of a GPU: nothing without a network to run on it."""
+        wants_gpu = self._config.tracker.device != "cpu" and self._wants_gpu()
+        has_networks = self._config.tracker.has_networks
+        return self._config.cluster.gpus_per_tracker if has_networks and wants_gpu else 0.0
 
     def _wants_gpu(self) -> bool:
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0

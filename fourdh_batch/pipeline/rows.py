@@ -572,15 +572,16 @@ class RowBuilder:
 def _reconstructions(chunk: _HeldChunk, kept: I64) -> dict[str, Any]:
     """Columns of `detections` from which people can be tracked again.
 
-    What is not finite is left out as a whole: the tracker refuses such a detection anyway.
+    A body that is not finite is left out as a whole: the tracker refuses it anyway. Looks may be
+    missing (NaN) where nothing is seen of a sound body.
     """
     result, people = chunk.result, chunk.result.people
     values: dict[str, NDArray[Any]] = {name: getattr(people, name) for name in _PERSON_COLUMNS}
-    if result.appearance is not None:
-        values["appearance"] = result.appearance
     finite = np.ones(len(people), dtype=np.bool_)
     for array in values.values():
         finite &= np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+    if result.appearance is not None:
+        values["appearance"] = result.appearance
     columns: dict[str, Any] = {}
     for name, array in values.items():
         columns[name] = np.full((len(result.detections), *array.shape[1:]), np.nan, np.float32)

@@ -414,7 +414,7 @@ def begin_video(
         resumed = tracking()
         try:
             resumed.restore(state)
-        except StorageError as error:
+        except (StorageError, ValueError) as error:
             logger.warning("video %s: starts anew: %s", video.video_id, error)
         else:
             logger.info("video %s: goes on at frame %d", video.video_id, resumed.next_frame)

@@ -18,7 +18,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -130,9 +130,9 @@ class ObjectWriter:
                 self._write_row_group(pa.concat_tables(self._waiting))
             self._writer.close()
             with self._path.open("rb") as file:
-                sha256 = file_digest(file, "sha256").hexdigest()
+                digest = file_digest(file, "sha256").hexdigest()
             self._store.put_file(self._path, self._key)
-            self.record = ObjectRecord(self._key, self._path.stat().st_size, sha256, self._num_rows)
+            self.record = ObjectRecord(self._key, self._path.stat().st_size, digest, self._num_rows)
 
 
 # --- rows of one video -------------------------------------------------------------------------
@@ -318,25 +318,25 @@ class VideoSpool:
         """
         head = json.dumps({**self.checkpoint(), "fingerprint": fingerprint}).encode()
         body = len(head).to_bytes(8, "little") + head + state
-        self._store.write_bytes(self._state_key, body)
+        self._store.write_bytes(self._state_key, sha256(body).digest() + body)
         return len(body)
 
     def saved(self, fingerprint: str) -> bytes | None:
         """The state that was last saved; this spool then goes on behind the rows from before it.
 
         Returns:
-            None where nothing was saved, or for another fingerprint, or rows from before it are
-            gone: the video then starts anew.
+            None where nothing was saved, or it is damaged or for another fingerprint, or rows from
+            before it are gone: the video then starts anew.
         """
         try:
-            body = self._store.read_bytes(self._state_key)
+            saved = self._store.read_bytes(self._state_key)
         except FileNotFoundError:
             return None
-        end = 8 + int.from_bytes(body[:8], "little")
-        try:
-            checkpoint = json.loads(body[8:end])
-        except ValueError:
+        body = saved[sha256().digest_size :]
+        if sha256(body).digest() != saved[: sha256().digest_size]:
             return None
+        end = 8 + int.from_bytes(body[:8], "little")
+        checkpoint = json.loads(body[8:end])
         if checkpoint["fingerprint"] != fingerprint:
             return None
         parts = [part for parts in checkpoint["parts"].values() for part in parts]

@@ -330,6 +330,30 @@ class PhalpTracker:
             self._texture.observe(frame, detection_track_id, self._tracks.track_id)
         return self._report(frame, prediction, backfill, discarded, detection_track_id)
 
+    def _idle(self, frame: FrameDetections, discarded: DetectionRefs) -> TrackedFrame:
+        """What `_follow` says where nobody is followed and nobody was found."""
+        self._last_frame = frame.frame_index
+        none = np.zeros(0, np.int64)
+        if self._texture is not None:
+            self._texture.observe(frame, none, none)
+        global_orient, body_pose, betas, camera = split_pose_vectors(self._tracks.pose[:, -1])
+        return TrackedFrame(
+            frame_index=frame.frame_index,
+            track_id=none,
+            detection_row=none,
+            frames_since_seen=none,
+            hits=none,
+            age=none,
+            bbox_xyxy_px=self._tracks.bbox_xyxy_px,
+            camera=camera,
+            global_orient=global_orient,
+            body_pose=body_pose,
+            betas=betas,
+            backfill=DetectionRefs(none, none, none),
+            discarded=discarded,
+            detection_track_id=none,
+        )
+
     def _drop(self, ended: Bool) -> DetectionRefs:
         """End tracks; gives back the detections of those that were tentative."""
         tentative = np.flatnonzero(ended & (self._tracks.hits < self.settings.n_init))
@@ -482,6 +506,8 @@ def update_together(
         poses = np.split(predictor(pose, history, slot), ends)
     return [
         tracker._follow(frame, tracker._expect(frame.frame_index, pose), refs)
+        if len(tracker._tracks) or len(frame.people)
+        else tracker._idle(frame, refs)
         for tracker, frame, pose, refs in zip(trackers, frames, poses, discarded, strict=True)
     ]
 

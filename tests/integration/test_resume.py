@@ -131,7 +131,7 @@ def test_a_state_of_other_models_or_with_lost_rows_is_not_used(long: Parts, tmp_
     assert not list(tmp_path.rglob("*.arrow"))
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x00" * 30, b"\xff" * 64])
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 30, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}"])
 def test_a_damaged_state_means_starting_anew(long: Parts, tmp_path: Path, damage: bytes) -> None:
     store = Store(str(tmp_path))
     shard = Shard("s", "d", (long.video,))
@@ -140,7 +140,10 @@ def test_a_damaged_state_means_starting_anew(long: Parts, tmp_path: Path, damage
     tracking.add(long.results[0])
     spool.save(tracking.state(), video_fingerprint(long.video, long.card))
     [saved] = tmp_path.rglob("state.bin")
-    for body in (damage, saved.read_bytes()[:-20] + damage):
+    whole = saved.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 64
+    for body in (damage, whole[:-20] + damage, damage + whole[len(damage) :], bytes(flipped)):
         saved.parent.mkdir(parents=True, exist_ok=True)
         saved.write_bytes(body)
         anew = VideoSpool(store, "s", "v.mp4")

@@ -162,18 +162,23 @@ def test_every_detection_is_accounted_for_exactly_once(scene: Scene, compat: boo
 
 
 @settings(max_examples=40, deadline=None)
-@given(scene=scenes, cut=st.floats(0, 1))
-def test_a_saved_tracker_goes_on_as_if_nothing_had_happened(scene: Scene, cut: float) -> None:
+@given(scene=scenes, cut=st.floats(0, 1), compat=st.booleans())
+def test_a_saved_tracker_goes_on_as_if_nothing_had_happened(
+    scene: Scene, cut: float, compat: bool
+) -> None:
+    def new_tracker() -> PhalpTracker:
+        return PhalpTracker(TrackerSettings(compat=compat), pose_predictor=drifting)
+
     frames = scene.frames()
     where = round(cut * len(frames))
-    tracker = PhalpTracker()
+    tracker = new_tracker()
     for frame in frames[:where]:
         tracker.update(frame)
     saved = tracker.state()
     undisturbed = [tracker.update(frame) for frame in frames[where:]]
     tail = tracker.finish()
     for _ in range(2):  # neither going on nor being restored may touch what was saved
-        resumed = PhalpTracker()
+        resumed = new_tracker()
         resumed.restore(saved)
         for frame, expected in zip(frames[where:], undisturbed, strict=True):
             assert_equal(resumed.update(frame), expected)

@@ -74,3 +74,26 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_every_setting_is_explained() -> None:
     for line in describe_settings().splitlines():
         assert len(line.partition(": ")[2]) > 3, line
+
+
+@pytest.mark.parametrize("word", ["tracker.gate=.inf", "cluster.progress_timeout_s=.nan"])
+def test_infinite_numbers_are_refused(word: str) -> None:
+    key = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{key}: expected a finite number"):
+        load_config(None, [word])
+
+
+def test_shares_of_a_gpu_must_fit_on_one_where_trackers_use_it() -> None:
+    words = ["cluster.trackers_per_actor=2"]
+    load_config(None, words)  # without a network they take none
+    with pytest.raises(ConfigError, match=r"at most 1 together, got '0\.9 \+ 2 x 0\.1'"):
+        load_config(None, [*words, "tracker.predictor_weights=untrained"])
+    words += ["tracker.predictor_weights=untrained", "cluster.gpus_per_tracker=0.05"]
+    load_config(None, words)
+
+
+@pytest.mark.parametrize("key", ["hmr.device", "tracker.device"])
+def test_devices_are_checked(key: str) -> None:
+    assert load_config(None, [f"{key}=cuda:1"])
+    with pytest.raises(ConfigError, match=f"{key}: expected auto, cpu or cuda, got 'cuda:zz'"):
+        load_config(None, [f"{key}=cuda:zz"])

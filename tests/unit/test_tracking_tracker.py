@@ -563,6 +563,36 @@ def test_a_restored_tracker_knows_the_frame_it_stopped_at() -> None:
         run(resumed, [box(300)], start=7)
 
 
+def test_compat_remembers_the_slot_of_the_unseen() -> None:
+    """The slot at which the unseen are read was decided in the frame before."""
+    asked: list[list[int]] = []
+
+    def remember(pose: F32, frame_index: I64, slot: I64) -> F32:
+        asked.append(slot.tolist())
+        return pose[:, -1]
+
+    wanted = TrackerSettings(compat=True)
+    tracker = PhalpTracker(wanted, pose_predictor=remember)
+    run(tracker, *[[box(300), box(900)]] * 8, [box(900)], [])
+    resumed = PhalpTracker(wanted, pose_predictor=remember)
+    resumed.restore(tracker.state())
+    tracker.predict(10)
+    resumed.predict(10)
+    assert asked[-1] == asked[-2]
+    assert 0 not in asked[-1]
+
+
+def test_frames_without_anybody_cost_next_to_nothing_and_change_nothing() -> None:
+    tracker = PhalpTracker()
+    first = run(tracker, [box(300)], *[[]] * 3)
+    assert refs(first[1].discarded) == [(1, 0, 0)]
+    assert all(len(f.track_id) == len(f.discarded) == 0 for f in first[2:])
+    assert first[3].body_pose.shape == (0, 23, 3, 3)
+    with pytest.raises(ValueError, match="frame 3: expected a frame after 3"):
+        run(tracker, [], start=3)
+    assert run(tracker, [box(300)], start=4)[0].detection_track_id.tolist() == [2]
+
+
 def test_a_missing_state_array_is_refused() -> None:
     tracker = PhalpTracker()
     state = tracker.state()
