@@ -37,6 +37,7 @@ FACE_FILE, WEIGHT_FILE = "fmap_256.npy", "bmap_256.npy"
 # 128, is our 127.5. The network's own keypoints lie half a pixel beside that, as published.
 CROP_CENTER_PX = (CROP_PX - 1) / 2
 DEPTH_TOLERANCE_M = 1e-4
+MAX_WEIGHT_ERROR = 1e-3  # of a stored atlas: how far a point may lie beside its face
 RGB_SCALE = 5.0  # normalised colours are divided by this
 
 # What crops are normalised with, of 0..255 pixels; `video.crops` has the same.
@@ -99,6 +100,15 @@ def load_atlas(folder: str | Path, *, num_faces: int) -> Atlas:
         )
     if not np.isfinite(barycentric[is_used]).all():
         raise CheckpointError(f"{weight_path}: expected finite weights, got NaN or inf")
+    weights = barycentric[is_used].astype(np.float64)
+    with np.errstate(over="ignore"):
+        total = weights.sum(axis=-1)
+    if weights.min() < -MAX_WEIGHT_ERROR or np.abs(total - 1).max() > MAX_WEIGHT_ERROR:
+        raise CheckpointError(
+            f"{weight_path}: expected weights of at least {-MAX_WEIGHT_ERROR} whose sums are "
+            f"within {MAX_WEIGHT_ERROR} of 1, got weights from {weights.min():g} and sums from "
+            f"{total.min():g} to {total.max():g}"
+        )
     return Atlas(
         face=np.where(is_used, face, -1).astype(np.int64),
         barycentric=np.where(is_used[..., None], barycentric, 0).astype(np.float32),

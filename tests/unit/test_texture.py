@@ -138,6 +138,18 @@ def test_atlases_that_do_not_fit_are_refused(tmp_path: Path, atlas: Atlas) -> No
         load_atlas(save(tmp_path, face, weights[..., :2]), num_faces=13776)
     with pytest.raises(CheckpointError, match="expected finite weights"):
         load_atlas(save(tmp_path, face, np.full_like(weights, np.inf)), num_faces=13776)
+    off_sum, negative = weights.copy(), weights.copy()
+    off_sum.reshape(-1, 3)[atlas.texels[5]] += 0.001
+    negative.reshape(-1, 3)[atlas.texels[5]] = [1.5, -0.5, 0]
+    for impossible, got in (
+        (np.zeros_like(weights), "weights from 0 and sums from 0 to 0"),
+        (np.full_like(weights, 1e30), r"weights from 1e\+30 and sums from 3e\+30 to 3e\+30"),
+        (np.full((256, 256, 3), 1e308), "sums from inf to inf"),
+        (off_sum, r"sums from [01.]+\d* to 1\.003"),
+        (negative, r"weights from -0\.5 and"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"bmap_256.npy: .* within 0\.001 of 1, .*{got}"):
+            load_atlas(save(tmp_path, face, impossible), num_faces=13776)
     pickled = np.empty((256, 256), object)
     with pytest.raises(CheckpointError, match=r"expected an \.npy of numbers"):
         load_atlas(save(tmp_path, pickled, weights), num_faces=13776)
