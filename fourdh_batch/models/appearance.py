@@ -34,7 +34,6 @@ from fourdh_batch.models.build import ORIGINS
 from fourdh_batch.models.checkpoint import (
     read_lightning_state_dict,
     read_safetensors,
-    read_safetensors_metadata,
     tensors_digest,
     write_safetensors,
 )
@@ -510,20 +509,6 @@ def untrained_texture_encoder(
     return _build(weights, "untrained", device)
 
 
-def texture_encoder_digest(path: str | Path) -> str:
-    """The digest that `load_texture_encoder` would give, from the header alone where it is there.
-
-    Raises:
-        CheckpointError: as `load_texture_encoder`.
-    """
-    if Path(path).suffix == ".safetensors":
-        metadata = read_safetensors_metadata(path)
-        _check_metadata(path, metadata)
-        if "digest" in metadata:
-            return metadata["digest"]
-    return tensors_digest(_read(Path(path))[0])
-
-
 def _expected_shapes() -> dict[str, tuple[int, ...]]:
     return {
         f"{name}.{part}": shape
@@ -549,12 +534,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         _check_metadata(path, metadata)
     else:
         published = read_lightning_state_dict(path, entry=PUBLISHED_ENTRY)
-        names = {name[NUM_PUBLISHED_PREFIX:]: tensor for name, tensor in published.items()}
-        found = {
-            name.removeprefix(PUBLISHED_PART): tensor
-            for name, tensor in names.items()
-            if name.startswith(PUBLISHED_PART)
-        }
+        found = {}
+        for full_name, tensor in published.items():
+            name = full_name[NUM_PUBLISHED_PREFIX:]
+            if not name.startswith(PUBLISHED_PART):
+                continue
+            if name.removeprefix(PUBLISHED_PART) in found:
+                raise CheckpointError(
+                    f"{path}: expected one tensor {name} behind a prefix of "
+                    f"{NUM_PUBLISHED_PREFIX} characters, got several, such as {full_name}"
+                )
+            found[name.removeprefix(PUBLISHED_PART)] = tensor
     expected = _expected_shapes()
     if "conv1x.weight" not in found and "conv1.weight" in found:
         raise CheckpointError(
