@@ -9,9 +9,12 @@ Dimension letters: `N` rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from fourdh_batch.geometry import project_full_image
 from fourdh_batch.tables.reader import smpl_arrays
@@ -19,6 +22,7 @@ from fourdh_batch.types import F32, F64, I64, NUM_BODY_JOINTS, Bool
 
 CUTOFF_SIGMAS = 3.0  # farther rows weigh less than 1.2 % of the nearest
 ROWS_AT_ONCE = 512  # for the body model
+ROWS_PER_MEAN = 64  # whose neighbours are averaged in one product
 TRACK = ["dataset", "video_id", "track_id"]
 Keypoints = Callable[[F32, F32, F32], F32]
 """(global_orient, body_pose, betas) of N people -> (N, 44, 3) metres in the model frame."""
@@ -55,7 +59,9 @@ def smooth_tracks(
         A new frame with the rows and the index of `tracks`.
 
     Raises:
-        ValueError: a column is missing, or a setting or a depth is out of range.
+        ValueError: a column is missing, a setting is out of range, or a row cannot be meant:
+            numbers that are not finite, a depth of 0 or less, a time that its track has twice.
+            Names video, track and frame of the first such row.
     """
     needed = {*TRACK, "shot_id", "pts_s", "state", "global_orient", "body_pose", "betas", "cam_t_m"}
     if keypoints is not None:
@@ -70,13 +76,22 @@ def smooth_tracks(
     arrays = smpl_arrays(tracks)
     pts_s = tracks["pts_s"].to_numpy(np.float64)
     cam_t_m = arrays["cam_t_m"].astype(np.float64)
-    if not (cam_t_m[:, 2] > 0).all():
-        raise ValueError("cam_t_m: expected depths above 0")
+    _refuse(tracks, ~np.isfinite(pts_s), "pts_s: expected a finite time", pts_s)
+    for name in ("global_orient", "body_pose", "betas", "cam_t_m"):
+        flat = arrays[name].reshape(len(tracks), -1)
+        bad = ~np.isfinite(flat)
+        first = flat[np.arange(len(tracks)), bad.argmax(1)]
+        _refuse(tracks, bad.any(1), f"{name}: expected finite numbers", first)
+    depth = cam_t_m[:, 2]
+    _refuse(tracks, depth <= 0, "cam_t_m: expected depths above 0", depth)
 
     track: I64 = np.asarray(tracks.groupby(TRACK, sort=False, dropna=False).ngroup(), np.int64)
     shot = tracks["shot_id"].to_numpy()
     order = np.lexsort((pts_s, shot, track))
     is_new = (np.diff(track[order]) != 0) | (np.diff(shot[order]) != 0)
+    is_again = np.zeros(len(tracks), dtype=np.bool_)
+    is_again[order[1:]] = ~is_new & (np.diff(pts_s[order]) == 0)
+    _refuse(tracks, is_again, "pts_s: expected one row of a track at a time", pts_s)
     is_new |= np.diff(pts_s[order]) > max_gap_s
     run = np.concatenate([[0], np.cumsum(is_new)])
 
@@ -128,23 +143,35 @@ def _gaussian_mean(values: F64, time_s: F64, run: I64, sigma_s: float) -> tuple[
     Returns:
         (N, C), and (N,) whether a row has any neighbour.
     """
-    total, weight = values.copy(), np.ones(len(values))
-    has_neighbours = np.zeros(len(values), dtype=np.bool_)
-    for apart in range(1, len(values)):
-        distance = time_s[apart:] - time_s[:-apart]
-        first = np.flatnonzero(
-            (run[apart:] == run[:-apart]) & (distance <= CUTOFF_SIGMAS * sigma_s)
-        )
-        if sigma_s == 0 or not len(first):
-            break
-        second = first + apart
-        w = np.exp(-0.5 * np.square(distance[first] / sigma_s))
-        total[first] += w[:, None] * values[second]
-        total[second] += w[:, None] * values[first]
-        weight[first] += w
-        weight[second] += w
-        has_neighbours[first] = has_neighbours[second] = True
-    return total / weight[:, None], has_neighbours
+    mean, has_neighbours = values.copy(), np.zeros(len(values), dtype=np.bool_)
+    if sigma_s == 0:
+        return mean, has_neighbours
+    cutoff_s = CUTOFF_SIGMAS * sigma_s
+    edges = [0, *(np.flatnonzero(np.diff(run)) + 1).tolist(), len(run)]
+    for first, stop in pairwise(edges):
+        for start in range(first, stop, ROWS_PER_MEAN):
+            rows = slice(start, min(start + ROWS_PER_MEAN, stop))
+            reach = (time_s[rows][0] - cutoff_s, time_s[rows][-1] + cutoff_s)
+            low, high = first + np.searchsorted(time_s[first:stop], reach)
+            near = slice(max(first, low - 1), high + 1 if high < stop else stop)
+            distance = np.abs(time_s[rows, None] - time_s[near])
+            is_near = distance <= cutoff_s
+            weight = np.where(is_near, np.exp(-0.5 * np.square(distance / sigma_s)), 0)
+            mean[rows] = weight @ values[near] / weight.sum(1, keepdims=True)
+            has_neighbours[rows] = is_near.sum(1) > 1
+    return mean, has_neighbours
+
+
+def _refuse(tracks: pd.DataFrame, is_bad: Bool, expected: str, got: NDArray[Any]) -> None:
+    """Raises: ValueError: there is a bad row; names the first."""
+    if not is_bad.any():
+        return
+    row = int(np.argmax(is_bad))
+    names = {"video_id": "video", "track_id": "track", "frame_index": "frame"}
+    where = ", ".join(
+        f"{name} {tracks[column].iloc[row]}" for column, name in names.items() if column in tracks
+    )
+    raise ValueError(f"{where}: {expected}, got {got[row]}")
 
 
 def _nearest_rotation(matrix: F64) -> F32:

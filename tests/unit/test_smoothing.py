@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,48 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"expected times of 0 or more, got -1 and 0\.5"):
         smooth_tracks(frame, sigma_s=-1)
     frame.at[0, "cam_t_m"] = np.float32([0, 0, -1])
-    with pytest.raises(ValueError, match="expected depths above 0"):
+    with pytest.raises(ValueError, match=r"v, track 1: cam_t_m: expected depths above 0, got -1"):
         smooth_tracks(frame)
     assert smooth_tracks(frame.iloc[:0]).empty
+
+
+@pytest.mark.parametrize("name", ["global_orient", "body_pose", "betas", "cam_t_m"])
+def test_numbers_that_are_not_finite_are_named(name: str) -> None:
+    frame = rows(np.zeros((5, 3)), frame_index=np.arange(40, 45))
+    frame.at[9, name] = frame.at[9, name].copy()
+    frame.at[9, name][1] = np.nan
+    expected = rf"video v, track 1, frame 43: {name}: expected finite numbers, got nan"
+    with pytest.raises(ValueError, match=expected):
+        smooth_tracks(frame)
+
+
+def test_times_that_cannot_be_meant_are_named() -> None:
+    times = np.array([0, 0.1, np.nan, 0.2])
+    with pytest.raises(ValueError, match=r"track 1: pts_s: expected a finite time, got nan"):
+        smooth_tracks(rows(np.zeros((4, 3)), pts_s=times))
+    frame = rows(np.zeros((4, 3)), pts_s=[0.2, 0.1, 0.2, 0.3], frame_index=[7, 6, 8, 9])
+    expected = r"video v, track 1, frame 8: pts_s: expected one row of a track at a time, got 0\.2"
+    with pytest.raises(ValueError, match=expected):
+        smooth_tracks(frame)
+    smooth_tracks(frame.assign(track_id=[1, 1, 2, 2]))  # two people may
+
+
+def test_rows_close_in_time_do_not_take_long() -> None:
+    rng = np.random.default_rng(0)
+    dense = rows(rng.normal(0, 0.1, (3_000, 3)), pts_s=np.arange(3_000) * 1e-7)
+    started = time.process_time()
+    smooth = smpl_arrays(smooth_tracks(dense))["global_orient"]
+    assert time.process_time() - started < 10  # pair by pair it was half a minute
+    assert np.ptp(smooth, axis=0).max() < 1e-4
+
+
+def test_blocks_of_rows_do_not_show() -> None:
+    rng = np.random.default_rng(0)
+    time_s = np.cumsum(rng.uniform(0.01, 0.1, 300))
+    run = np.repeat([0, 1, 2], [1, 200, 99])
+    values = rng.normal(size=(300, 3))
+    mean, has_neighbours = _gaussian_mean(values, time_s, run, 0.1)
+    distance = np.abs(time_s[:, None] - time_s)
+    weight = np.exp(-0.5 * (distance / 0.1) ** 2) * (distance <= 0.3) * (run[:, None] == run)
+    assert mean == pytest.approx(weight @ values / weight.sum(1, keepdims=True))
+    assert has_neighbours.tolist() == [False] + [True] * 299
