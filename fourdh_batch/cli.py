@@ -339,7 +339,8 @@ def _guarded(call: Callable[[], int]) -> int:
         typer.echo(f"error: {error}", err=True)
         return USAGE
     except FileNotFoundError as error:
-        typer.echo(f"error: {error.filename}: {error.strerror or 'no such file'}", err=True)
+        named = f"{error.filename}: {error.strerror or 'no such file'}"
+        typer.echo(f"error: {named if error.filename else error}", err=True)
         return USAGE
     except FourdhError as error:
         typer.echo(f"error: {error}", err=True)

@@ -483,6 +483,12 @@ def _impossible(config: JobConfig) -> list[str]:
             tracker.device,
         ),
         (
+            "tracker.atlas",
+            not tracker.atlas or bool(tracker.texture_weights),
+            "tracker.texture_weights beside it, without which it says nothing",
+            tracker.atlas,
+        ),
+        (
             "cluster.gpus_per_tracker",
             not (tracker.has_networks and cluster.gpus_per_actor <= 1) or shares <= 1 + 1e-9,
             "shares of a GPU for a model process and its trackers of at most 1 together",

@@ -6,14 +6,18 @@ last pose alone stays light.
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fourdh_batch.config import JobConfig
+from fourdh_batch.errors import ConfigError
 from fourdh_batch.pipeline.records import UNTRAINED
 from fourdh_batch.tracking.appearance import CompactMemory
 from fourdh_batch.tracking.tracker import PhalpTracker, TextureTerm, TrackerSettings
 from fourdh_batch.types import F32
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +79,11 @@ class TrackerModels:
 
         wanted = self._config.tracker.device
         has_gpu = torch.cuda.is_available()  # Ray hides the GPUs from a process without a share
+        if wanted.startswith("cuda") and not has_gpu:
+            raise ConfigError(
+                f"tracker.device={wanted}: expected a GPU for the tracking process, got none; give "
+                "it a share with cluster.gpus_per_tracker, or tracker.device=auto"
+            )
         device = torch.device(("cuda" if has_gpu else "cpu") if wanted == "auto" else wanted)
         if device.type == "cpu":
             # As for the models: the number of threads may change the last bit of a result.
@@ -103,6 +112,7 @@ def load_encoder(weights: str, device: Any) -> TextureEncoder:
     from fourdh_batch.models.appearance import load_texture_encoder, untrained_texture_encoder
 
     if weights == UNTRAINED:
+        logger.warning("tracker.texture_weights: untrained. Looks are put through random layers.")
         return untrained_texture_encoder(device=device)
     return load_texture_encoder(weights, device=device)
 
@@ -112,5 +122,6 @@ def load_predictor(weights: str, device: Any) -> PosePredictor:
     from fourdh_batch.models.build_phalp import load_pose_predictor, untrained_pose_predictor
 
     if weights == UNTRAINED:
+        logger.warning("tracker.predictor_weights: untrained. Predicted rows mean nothing.")
         return untrained_pose_predictor(device=device)
     return load_pose_predictor(weights, device=device)

@@ -43,6 +43,7 @@ Keypoints = Callable[[F32, F32, F32], F32]
 _PENDING, _TRACKED, _UNCONFIRMED, _INVALID = range(4)
 _REASON_OF_FATE = np.array(["", "", "unconfirmed", "invalid_pose"])
 _OPEN, _INCOMPLETE, _KEEP, _DROP = range(4)
+MAX_DEPTH_CHANGE = 4.0  # nobody comes four times nearer, or goes as far, in a gap
 # What detections keep of a person; keypoints_3d_m follows from it.
 _PERSON_COLUMNS = (
     "global_orient",
@@ -366,7 +367,8 @@ class RowBuilder:
             if ghosts.track_id[row] != completed.track_id or ghosts.fate[row] != _INCOMPLETE:
                 continue
             ghosts.fate[row] = _KEEP
-            if not sound[k]:
+            nearer = ghosts.seen_camera[row, 2] / max(float(camera[k, 2]), 1.0)
+            if not sound[k] or not 1 / MAX_DEPTH_CHANGE < nearer < MAX_DEPTH_CHANGE:
                 continue
             ghosts.global_orient[row], ghosts.body_pose[row], ghosts.betas[row] = (
                 part[k] for part in body

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fourdh_batch.geometry import axis_angle_to_rotmat
 from fourdh_batch.pipeline.records import ChunkResult, ModelCard
-from fourdh_batch.pipeline.rows import RowBuilder
+from fourdh_batch.pipeline.rows import RowBuilder, _HeldChunk, _reconstructions
 from fourdh_batch.tables.frames import FrameRuns
 from fourdh_batch.tables.schema import table_schema
 from fourdh_batch.tracking.completion import MARGIN, WINDOW, PoseCompleter
@@ -356,7 +356,13 @@ def huge(pose: F32) -> None:
     pose[:, 220] = 1e30
 
 
-@pytest.mark.parametrize("breaks", [not_finite, behind, at_the_lens, squeezed, mirrored, huge])
+def much_nearer(pose: F32) -> None:
+    pose[:, -1] /= 5
+
+
+@pytest.mark.parametrize(
+    "breaks", [not_finite, behind, at_the_lens, squeezed, mirrored, huge, much_nearer]
+)
 def test_what_is_no_body_in_front_of_the_camera_is_not_taken(
     breaks: Callable[[F32], None],
 ) -> None:
@@ -486,3 +492,16 @@ def test_a_result_with_missing_bodies_is_refused() -> None:
             np.full(len(chunk.detections), "low_score"),
             chunk.people,
         )
+
+
+def test_a_body_of_which_nothing_is_seen_keeps_its_reconstruction() -> None:
+    """Its looks are unknown, not a number; the tracker takes it all the same."""
+    scene = walk(3, 20)
+    held = _HeldChunk.of(chunk_of(scene, range(20)))
+    assert held.result.appearance is not None
+    held.result.appearance[0] = np.nan
+    kept = np.flatnonzero(held.result.drop_reason == "")
+    columns = _reconstructions(held, kept)
+    assert np.isfinite(columns["pred_cam"][kept]).all()
+    assert np.isnan(columns["appearance"][kept[0]]).all()
+    assert np.isfinite(columns["appearance"][kept[1:]]).all()
