@@ -62,6 +62,11 @@ INVALID_POSE = "invalid_pose"
 APPEARANCE_SIZE = 256
 NUM_ROTATIONS = 1 + NUM_BODY_JOINTS
 MAX_FRAMES = 10_000_000  # four days at 30 frames per second
+# Frames without a box that a file may claim without listing them: three hours at 30 frames per
+# second, and more with every frame in which it has somebody. They are tracked like any other, so a
+# file of a few rows could hold a process for hours.
+MAX_EMPTY_FRAMES = 300_000
+MAX_EMPTY_PER_BUSY_FRAME = 100
 MAX_COORDINATE_PX = 1e9
 MAX_IMAGE_SIDE_PX = 1_000_000
 MAX_NPZ_BYTES = 4 * 2**30  # of the arrays that are wanted
@@ -473,6 +478,19 @@ def _frames(rows: GivenRows, frame: I64, video_id: str) -> I64:
             f"{rows.where}: expected {num_frames} frames, got a box in frame {last}",
             video=video_id,
             frame_index=last,
+            stage="reconstruct",
+        )
+    busy = np.unique(frame)
+    num_empty = num_frames - len(busy)
+    allowed = MAX_EMPTY_FRAMES + MAX_EMPTY_PER_BUSY_FRAME * len(busy)
+    if num_empty > allowed:
+        edges: I64 = np.concatenate(([-1], busy, [num_frames]))
+        after = int(edges[1 + np.argmax(np.diff(edges))])
+        raise BadPosesError(
+            f"{rows.where}: expected at most {allowed} frames without a box, as there are "
+            f"{len(busy)} with one, got {num_empty}; the longest gap ends here",
+            video=video_id,
+            frame_index=min(after, num_frames - 1),
             stage="reconstruct",
         )
     return np.arange(num_frames)

@@ -282,6 +282,7 @@ def test_a_body_behind_the_camera_is_left_to_the_tracker(tmp_path: Path) -> None
         ({"frame_index": np.full(24, 10**9)}, "whole frame"),
         ({"frame_index": np.arange(24) + 0.5}, "whole frame"),
         ({"num_frames": 5}, "expected 5 frames, got a box in frame 11"),
+        ({"num_frames": 9_999_999}, r"frame 9999998: .*at most 301200 frames.* got 9999987"),
         ({"fps": 0.0}, "fps: expected more than 0"),
         ({"bbox_xyxy_px": np.full((24, 4), np.nan)}, "finite corners"),
         ({"bbox_xyxy_px": np.full((24, 4), 1e300)}, "finite corners"),
@@ -301,6 +302,20 @@ def test_wrong_numbers_are_named(tmp_path: Path, change: dict[str, Any], match: 
         read(tmp_path / "clip.npz")
     assert caught.value.video == "clip"
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_few_rows_cannot_claim_days_of_empty_frames(tmp_path: Path) -> None:
+    content = pose_files.npz_content(walkers())
+    content.pop("num_frames", None)
+    frame = content["frame_index"]
+    content["frame_index"] = np.where(frame == 11, 9_999_999, frame)
+    pose_files.write_npz(tmp_path / "clip.npz", content)
+    with pytest.raises(BadPosesError, match="the longest gap ends here") as caught:
+        read(tmp_path / "clip.npz")
+    assert caught.value.frame_index == 9_999_999
+    content["frame_index"] = np.where(frame == 11, 300_000, frame)  # hours with nobody are fine
+    pose_files.write_npz(tmp_path / "clip.npz", content)
+    assert len(read(tmp_path / "clip.npz").frame_index) == 300_001
 
 
 def test_the_frame_of_a_bad_row_is_named(tmp_path: Path) -> None:
