@@ -27,7 +27,6 @@ from fourdh_batch.models.checkpoint import (
     fitting_tensors,
     read_lightning_state_dict,
     read_safetensors,
-    read_safetensors_metadata,
     tensors_digest,
     write_safetensors,
 )
@@ -163,20 +162,6 @@ def save_pose_predictor(
         "std": predictor.std,
     }
     return _write(path, predictor.network.size, tensors, origin or predictor.weights_origin)
-
-
-def pose_predictor_digest(path: str | Path) -> str:
-    """The digest that a predictor of this file will have.
-
-    Of our own files the header tells; the published ones have to be read in full.
-
-    Raises:
-        CheckpointError: as `load_pose_predictor`.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return _checked(read_safetensors_metadata(path), path)["digest"]
-    return _digest(*_read_published(path, path.with_suffix(".yaml"), _mean_std_of(path)))
 
 
 def untrained_pose_predictor(

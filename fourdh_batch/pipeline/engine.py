@@ -22,13 +22,12 @@ from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, untrained_hmr2, wei
 from fourdh_batch.models.detector import DETECTORS, Detector, build_detector, drop_reasons
 from fourdh_batch.models.smpl import NUM_FACES, SmplBody, load_body
 from fourdh_batch.models.texture import Atlas, TextureSampler, body_atlas, load_atlas
-from fourdh_batch.pipeline.following import load_encoder, load_predictor
+from fourdh_batch.pipeline.following import checked_predictor_digest, load_encoder
 from fourdh_batch.pipeline.reconstruct import Reconstructor
 from fourdh_batch.pipeline.records import UNTRAINED, ChunkResult, ModelCard
 from fourdh_batch.storage import open_read
 from fourdh_batch.tables.manifest import CODE_VERSION, fingerprint_of
 from fourdh_batch.tables.schema import TABLES, schema_version
-from fourdh_batch.tracking.completion import MAX_SLOTS
 from fourdh_batch.types import FrameChunk
 
 logger = logging.getLogger(__name__)
@@ -252,14 +251,7 @@ def _tracker_digests(config: JobConfig, body: SmplBody) -> dict[str, str]:
         digests["texture_weights"] = load_encoder(wanted.texture_weights, "cpu").weights_digest
         digests["atlas"] = _load_atlas(config, body).digest
     if wanted.predictor_weights:
-        predictor = load_predictor(wanted.predictor_weights, "cpu")
-        digests["predictor_weights"] = predictor.weights_digest
-        if predictor.frame_length <= MAX_SLOTS:
-            raise CheckpointError(
-                f"tracker.predictor_weights={wanted.predictor_weights}: expected more than "
-                f"{MAX_SLOTS} frames, as completing missed ones needs, got "
-                f"{predictor.frame_length}"
-            )
+        digests["predictor_weights"] = checked_predictor_digest(config)
     return digests
 
 

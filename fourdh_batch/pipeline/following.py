@@ -11,9 +11,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fourdh_batch.config import JobConfig
-from fourdh_batch.errors import ConfigError
+from fourdh_batch.errors import CheckpointError, ConfigError
 from fourdh_batch.pipeline.records import UNTRAINED
 from fourdh_batch.tracking.appearance import CompactMemory
+from fourdh_batch.tracking.completion import MAX_SLOTS
 from fourdh_batch.tracking.tracker import PhalpTracker, TextureTerm, TrackerSettings
 from fourdh_batch.types import F32
 
@@ -125,3 +126,21 @@ def load_predictor(weights: str, device: Any) -> PosePredictor:
         logger.warning("tracker.predictor_weights: untrained. Predicted rows mean nothing.")
         return untrained_pose_predictor(device=device)
     return load_pose_predictor(weights, device=device)
+
+
+def checked_predictor_digest(config: JobConfig) -> str:
+    """Digest of the pose predictor that the settings name, "" for none.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or has too few frames to complete missed ones.
+    """
+    weights = config.tracker.predictor_weights
+    if not weights:
+        return ""
+    predictor = load_predictor(weights, "cpu")
+    if predictor.frame_length <= MAX_SLOTS:
+        raise CheckpointError(
+            f"tracker.predictor_weights={weights}: expected more than {MAX_SLOTS} frames, as "
+            f"completing missed ones needs, got {predictor.frame_length}"
+        )
+    return predictor.weights_digest

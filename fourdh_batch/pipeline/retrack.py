@@ -4,8 +4,9 @@ The bodies come from another pose engine (`models/poses_given.py`) or from an ea
 package. They go through the same tracker, rows and publishing as those of the main job, so the
 tables, the plan, the commits and a rerun are the same, too.
 
-Runs in processes of this machine: a video takes milliseconds per frame and no GPU, and reading is
-most of it. torch is loaded where keypoints have to be made of the bodies.
+Runs in processes of this machine: a video takes milliseconds per frame, and reading is most of it.
+Nothing goes to a GPU unless `tracker.device` says cuda. torch is loaded where keypoints have to be
+made of the bodies.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fourdh_batch.errors import (
     ManifestError,
     StorageError,
     VideoError,
+    WorkerDiedError,
 )
 from fourdh_batch.models.detector import drop_reasons
 from fourdh_batch.models.poses_given import (
@@ -45,7 +47,7 @@ from fourdh_batch.models.poses_given import (
     rows_of_columns,
     settle,
 )
-from fourdh_batch.pipeline.following import TrackerModels
+from fourdh_batch.pipeline.following import TrackerModels, checked_predictor_digest
 from fourdh_batch.pipeline.job import (
     PROGRESS_S,
     STORAGE_ATTEMPTS,
@@ -58,11 +60,13 @@ from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.records import UNTRAINED, ChunkResult, ModelCard
 from fourdh_batch.pipeline.shard import (
     OK,
+    QUARANTINED,
     VideoEnd,
     VideoOutcome,
     VideoTracking,
     finished_outcome,
     publish,
+    record_failure,
 )
 from fourdh_batch.storage import Store, open_read
 from fourdh_batch.tables.frames import FrameRuns
@@ -77,7 +81,7 @@ logger = logging.getLogger(__name__)
 OURS = "ours"
 ALL_LAYOUTS = ("auto", OURS, *LAYOUTS)
 GIVEN = "given"  # what the tables say of weights that we know nothing about
-READERS_VERSION = 1  # raised when the same files give other rows
+READERS_VERSION = 2  # raised when the same files give other rows
 BYTES_PER_DETECTION = 1_000  # about; only shares out the work of an earlier run
 
 
@@ -88,13 +92,13 @@ def retrack(config: JobConfig, *, on_progress: OnProgress = lambda progress: Non
     """Bring the tables under `config.output` up to date with the poses under `config.input`.
 
     Raises:
-        ConfigError, ManifestError: before any work is done.
+        ConfigError, ManifestError, CheckpointError: before any work is done.
         OutputInUseError: another driver is writing to this output.
     """
     require(config, "input", "output")
     if Store(config.input).root == Store(config.output).root:
         raise ConfigError(f"output: expected another place than input, got {config.output}")
-    config = replace(config, poses=replace(config.poses, layout=resolved_layout(config)))
+    config = resolved(config)
     source = open_source(config)
     given = source.videos()
     if config.plan.limit:
@@ -107,6 +111,23 @@ def retrack(config: JobConfig, *, on_progress: OnProgress = lambda progress: Non
         _track_all(config, ledger)
 
     return bring_up_to_date(config, card, videos, work, on_progress=on_progress)
+
+
+def resolved(config: JobConfig) -> JobConfig:
+    """The settings with the layout named, and with the device that `auto` means here, the CPU.
+
+    Otherwise every process would put a pose predictor on the same GPU, for work that hardly
+    needs one.
+
+    Raises:
+        ConfigError: there is no such layout.
+    """
+    device = config.tracker.device
+    return replace(
+        config,
+        poses=replace(config.poses, layout=resolved_layout(config)),
+        tracker=replace(config.tracker, device="cpu" if device == "auto" else device),
+    )
 
 
 def _track_all(config: JobConfig, ledger: Ledger) -> None:
@@ -165,8 +186,18 @@ def _results(
 def _outcome_or_error(
     retracker: Retracker, shard: Shard, video: Video
 ) -> VideoOutcome | StorageError:
+    """The video's outcome, also where it meets an error of our own code.
+
+    Raises:
+        FourdhError: settings, weights or schema.
+    """
     try:
-        return retracker.track(shard, video)
+        try:
+            return retracker.track(shard, video)
+        except Exception as error:
+            if isinstance(error, FourdhError) and not isinstance(error, VideoError):
+                raise
+            return retracker.give_up(shard, video, error)
     except StorageError as error:
         return error
 
@@ -209,12 +240,14 @@ class Retracker:
     """Tracks videos again, one after another; the models are loaded when first needed.
 
     Args:
-        config: settings of the job, with the layout resolved.
+        config: settings of the job, `resolved`.
         card: the models.
     """
 
     def __init__(self, config: JobConfig, card: ModelCard) -> None:
-        self._config = config
+        # Texture maps are never at hand here, so their encoder is not wanted.
+        tracker = replace(config.tracker, texture_weights="", atlas="")
+        self._config = replace(config, tracker=tracker)
         self._card = card
         self._store = Store(config.output)
         self._models: dict[bool, TrackerModels] = {}
@@ -263,12 +296,32 @@ class Retracker:
             end = VideoEnd(OK, _file_of(poses))
         return tracking.finish(end)
 
+    def give_up(self, shard: Shard, video: Video, error: Exception) -> VideoOutcome:
+        """Spool nothing but the failure of a video that ended unexpectedly.
+
+        It counts as quarantined, as in the main job, so that `plan.retry_quarantined` takes it up.
+
+        Raises:
+            FourdhError: settings or storage.
+        """
+        logger.warning("video %s: unexpected error", video.video_id, exc_info=error)
+        if not isinstance(error, VideoError):
+            text = f"{type(error).__name__}: {error}"
+            error = WorkerDiedError(text[:2000], video=video.video_id, stage="track")
+        return record_failure(
+            self._store,
+            self._config,
+            self._card,
+            shard,
+            video,
+            error,
+            status=QUARANTINED,
+            attempts=1,
+        )
+
     def _models_for(self, has_looks: bool) -> TrackerModels:
-        """Texture maps are never at hand here, so their encoder is not wanted."""
         if has_looks not in self._models:
-            tracker = replace(self._config.tracker, texture_weights="")
-            config = replace(self._config, tracker=tracker)
-            self._models[has_looks] = TrackerModels(config, compact=has_looks)
+            self._models[has_looks] = TrackerModels(self._config, compact=has_looks)
         return self._models[has_looks]
 
 
@@ -556,11 +609,7 @@ def planning_card(config: JobConfig, source: PoseSource) -> ModelCard:
             were made with several bodies.
     """
     hmr, tracker, wanted, poses = config.hmr, config.tracker, config.detector, config.poses
-    predictor = tracker.predictor_weights
-    if predictor and predictor != UNTRAINED:
-        from fourdh_batch.models.build_phalp import pose_predictor_digest
-
-        predictor = pose_predictor_digest(predictor)
+    predictor = checked_predictor_digest(config)
     digests = {
         "body": _digest(hmr.body, "hmr.body"),
         "extra_regressor": _digest(hmr.extra_regressor, "hmr.extra_regressor"),
@@ -586,7 +635,7 @@ def planning_card(config: JobConfig, source: PoseSource) -> ModelCard:
         }
     )
     pose = "predicted" if predictor else "last seen"
-    if predictor == UNTRAINED:
+    if tracker.predictor_weights == UNTRAINED:
         pose = f"{pose}, {UNTRAINED}"
     texture = "compact looks where given" if poses.looks else "no texture"
     weights = source.origin()[0] if isinstance(source, EarlierRun) else GIVEN

@@ -16,10 +16,19 @@ import pytest
 
 import fourdh_batch as fb
 from fourdh_batch.config import load_config
-from fourdh_batch.errors import CheckpointError, ConfigError, ManifestError, OutputInUseError
+from fourdh_batch.errors import (
+    BadPosesError,
+    CheckpointError,
+    ConfigError,
+    ManifestError,
+    OutputInUseError,
+    SchemaError,
+)
 from fourdh_batch.geometry import project_full_image
+from fourdh_batch.pipeline import following
+from fourdh_batch.pipeline import retrack as retrack_module
 from fourdh_batch.pipeline.job import RunReport
-from fourdh_batch.pipeline.retrack import retrack
+from fourdh_batch.pipeline.retrack import resolved, retrack
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.manifest import Lease
 from fourdh_batch.tables.schema import make_table
@@ -141,6 +150,43 @@ def test_the_pose_predictor_counts_by_its_content(tmp_path: Path) -> None:
         shards("d")
 
 
+def test_a_predictor_too_short_to_complete_is_refused_before_any_work(tmp_path: Path) -> None:
+    from fourdh_batch.models.build_phalp import save_pose_predictor, untrained_pose_predictor
+    from fourdh_batch.models.predictor import PredictorSize
+
+    size = PredictorSize(dim=24, depth=1, num_heads=3, head_dim=8, mlp_dim=40, frame_length=95)
+    weights = tmp_path / "short.safetensors"
+    save_pose_predictor(untrained_pose_predictor(size=size), weights)
+    pose_files.write_npz(tmp_path / "in" / "a.npz", pose_files.npz_content(walkers()))
+    expected = r"short\.safetensors: expected more than 96 frames, .* got 95"
+    with pytest.raises(CheckpointError, match=expected):
+        run(tmp_path / "in", tmp_path / "out", f"tracker.predictor_weights={weights}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_gpu_is_used_unless_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    w = walkers(num_frames=10, empty=(4,))
+    pose_files.write_npz(tmp_path / "in" / "a.npz", pose_files.npz_content(w))
+    devices = []
+    load = following.load_predictor
+
+    def spied(weights: str, device: Any) -> Any:
+        devices.append(str(device))
+        return load(weights, device)
+
+    monkeypatch.setattr(following, "load_predictor", spied)
+    words = ["tracker.predictor_weights=untrained", "tracker.device=auto"]
+    assert run(tmp_path / "in", tmp_path / "out", *words).exit_code == 0
+    assert set(devices) == {"cpu"}
+    words[1] = "tracker.device=cpu"  # the same job
+    assert run(tmp_path / "in", tmp_path / "out", *words).num_shards_before == 1
+    config = load_config(YAML, ["tracker.device=cuda", "poses.layout=npz"])
+    assert resolved(config).tracker.device == "cuda"
+
+
 def test_two_processes_give_the_same_tables_as_one(tmp_path: Path) -> None:
     w = walkers(num_frames=8)
     clips = {f"clip {k}": w for k in range(3)}
@@ -182,6 +228,50 @@ def test_broken_and_hostile_files_are_reported_beside_good_ones(tmp_path: Path) 
     assert "betas: expected" in failures.loc["shape", "message"]
     assert not Path("/tmp/should_not_exist_fourdh").exists()
     assert run(tmp_path / "in", tmp_path / "out").exit_code == 3  # still broken, not redone
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no luck"), BadPosesError("no", stage="track")])
+def test_an_unexpected_error_costs_one_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    for name in "abc":
+        pose_files.write_npz(tmp_path / "in" / f"{name}.npz", pose_files.npz_content(walkers()))
+    chunks_of = retrack_module.chunks_of
+
+    def broken(poses: Any, video_id: str, config: Any, models: Any) -> Any:
+        yield from chunks_of(poses, video_id, config, models)
+        if video_id == "b":
+            raise error
+
+    monkeypatch.setattr(retrack_module, "chunks_of", broken)
+    words = ["tracker.texture_weights=/not/wanted/here.pth"]
+    assert run(tmp_path / "in", tmp_path / "out", *words).exit_code == 3
+    out = str(tmp_path / "out")
+    videos = fb.read_table(out, "videos").set_index("video_id")
+    assert videos["status"].to_dict() == {"a": "ok", "b": "quarantined", "c": "ok"}
+    assert set(fb.read_tracks(out)["video_id"]) == {"a", "c"}  # nothing of half a video
+    [failure] = fb.read_table(out, "failures").to_dict("records")
+    is_ours = isinstance(error, BadPosesError)
+    assert failure["code"] == ("BAD_POSES" if is_ours else "WORKER_DIED")
+    assert (failure["video_id"], failure["stage"]) == ("b", "track")
+    assert failure["message"] == ("no" if is_ours else "RuntimeError: no luck")
+    monkeypatch.setattr(retrack_module, "chunks_of", chunks_of)
+    report = run(tmp_path / "in", tmp_path / "out", *words, "plan.retry_quarantined=true")
+    assert (report.exit_code, report.videos("ok")) == (0, 3)
+
+
+@pytest.mark.parametrize("kind", [ConfigError, CheckpointError, SchemaError])
+def test_errors_of_settings_weights_and_schema_stop_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    pose_files.write_npz(tmp_path / "in" / "a.npz", pose_files.npz_content(walkers()))
+
+    def broken(*args: Any) -> Any:
+        raise kind("stop")
+
+    monkeypatch.setattr(retrack_module, "chunks_of", broken)
+    with pytest.raises(kind, match="stop"):
+        run(tmp_path / "in", tmp_path / "out")
 
 
 def test_unusable_people_are_refused_one_by_one(tmp_path: Path) -> None:
