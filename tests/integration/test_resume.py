@@ -143,7 +143,8 @@ def test_a_damaged_state_means_starting_anew(long: Parts, tmp_path: Path, damage
     whole = saved.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 64
-    for body in (damage, whole[:-20] + damage, damage + whole[len(damage) :], bytes(flipped)):
+    begun_wrong = (damage or b"\1") + whole[max(1, len(damage)) :]
+    for body in (damage, whole[:-20] + damage, begun_wrong, bytes(flipped)):
         saved.parent.mkdir(parents=True, exist_ok=True)
         saved.write_bytes(body)
         anew = VideoSpool(store, "s", "v.mp4")
