@@ -1,6 +1,6 @@
 """Track again: bodies that another pose engine or an earlier run has made in, tables out.
 
-No video is decoded and no GPU is used.
+No video is decoded, and no GPU is used unless `tracker.device=cuda` asks for one.
 
   python jobs/track.py input=/data/tables output=/data/tables_gate50 tracker.gate=50
   python jobs/track.py input=4D-Humans/outputs/results output=/data/tables poses.layout=phalp

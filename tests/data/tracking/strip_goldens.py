@@ -2,8 +2,10 @@
 
     python tests/data/tracking/strip_goldens.py PARITY_FOLDER
 
-PARITY_FOLDER holds seqA.npz, seqB.npz, seqC.npz, location_predictor.npz and cost_matrices.npz,
-recorded by running the reference. What is left out: textures, joints (tracking compares only the
+PARITY_FOLDER holds the recordings of the reference: sequences, location_predictor.npz,
+cost_matrices.npz and the files of its networks. Whole sequences, with textures, are kept as
+full_seq*.npz; the networks' files lose what no test reads (see `NETWORKS`). What is left out
+of the short ones: textures, joints (tracking compares only the
 projected model origin), and predicted poses of tracks that no detection of the next frame can
 reach, whatever their pose. Poses are kept in half precision, costs up to 10,000.
 
@@ -82,10 +84,35 @@ def strip_sequence(z: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
+# Per file: the keys that are left out. Of long tables every fourth slot is kept.
+NETWORKS = {
+    "texture_autoencoder": (),
+    "texture_sampler": ("vertices", "faces", "cam_t", "depth", "uv_image"),  # in rasterizer/depth
+    "features": ("det_appe",),
+    "pose_transformer_small": ("config", "ava_logits_all_times"),
+    "pose_transformer_wide": ("config", "tokens_first3"),
+    "postprocess": None,  # only what completing the tracks 2 to 4 needs
+}
+EVERY_FOURTH_SLOT = ("tokens_first3", "decoded_all_times")
+
+
+def strip_network(name: str, z: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    left_out = NETWORKS[name]
+    if left_out is None:
+        parts = ("has_detection", "pose_shape", "smoothed_pose")
+        return {f"track{k}_{part}": z[f"track{k}_{part}"] for k in (2, 3, 4) for part in parts}
+    kept = {key: array for key, array in z.items() if key not in left_out}
+    return {k: a[:, ::4] if k in EVERY_FOURTH_SLOT else a for k, a in kept.items()}
+
+
 def main(parity: Path) -> None:
+    for name in NETWORKS:
+        with np.load(parity / f"{name}.npz") as z:
+            np.savez_compressed(HERE / f"{name}.npz", **strip_network(name, dict(z)))
     for name in ("seqA", "seqB", "seqC"):
         with np.load(parity / f"{name}.npz") as z:
             np.savez_compressed(HERE / f"{name}.npz", **strip_sequence(dict(z)))
+            np.savez_compressed(HERE / f"full_{name}.npz", **z)
     with np.load(parity / "location_predictor.npz") as z:
         kept = {key: z[key] for key in ("history_time", "time_since_update", "note")}
         kept |= {key: z[key][..., 88:99] for key in ("history_loca", "predicted_loca")}
