@@ -176,8 +176,9 @@ def _load_atlas(config: JobConfig, body: SmplBody) -> Atlas:
 def model_card(config: JobConfig) -> ModelCard:
     """Digest of everything but the input that decides what the rows hold; checks it on the way.
 
-    Files are read, the body is loaded, but no network is built: a rerun with nothing to do stays
-    cheap, and a wrong name or a missing file is found before any process is started.
+    Files are read, the body and the tracker's small networks are loaded, but no large one is built:
+    a rerun with nothing to do stays cheap, and a wrong name or a missing file is found before any
+    process is started.
 
     Raises:
         ConfigError, CheckpointError: a setting is wrong, a file that it names is not there.
