@@ -47,7 +47,7 @@ EMBEDDING_SCALE = 1000.0  # embeddings are divided by it before they are compare
 DISTANCE_SCALE = 100.0
 MIXING_GAIN = 0.1  # alpha of section 7
 # A distance was at most 1.3 times its estimate at half resolution for maps like those of people,
-# and at most 10 times for white noise, the worst there is.
+# and 10.1 times for white noise, the worst that was tried.
 BOUND_GUARD = 16.0
 # Name, input and output channels; a 2 x 2 maximum follows the first four.
 LAYERS = (
