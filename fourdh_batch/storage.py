@@ -16,18 +16,21 @@ import glob
 import logging
 import os
 import random
+import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote
 
 import fsspec
+from fsspec.utils import glob_translate
 
 from fourdh_batch.errors import StorageError
 
@@ -165,7 +168,7 @@ def _retry(what: str, call: Callable[[], T], attempts: int, backoff_s: float) ->
     for attempt in range(1, attempts + 1):
         try:
             return call()
-        except (FileNotFoundError, FileExistsError):
+        except (FileNotFoundError, FileExistsError, StorageError):
             raise
         except Exception as error:
             if not isinstance(error, OSError) and not _is_from_client(error):
@@ -267,11 +270,11 @@ class _LocalBackend:
 
     def list(self, prefix: str) -> list[tuple[str, int]]:
         folder = self.root / prefix
-        return sorted(
+        return [
             (path.relative_to(self.root).as_posix(), size)
             for path, size in _walk(folder)
             if not (path.name.startswith(".") and path.name.endswith(".tmp"))
-        )
+        ]
 
 
 _CREATE_LOCK = threading.Lock()  # fsspec's memory file system looks and creates in two steps
@@ -531,12 +534,9 @@ def fingerprint_file(uri: str) -> tuple[int, str]:
         if not is_local(uri):
             filesystem, path = _filesystem(uri)
             info = filesystem.info(path)
-            checksum = info.get("ETag") or info.get("md5Hash") or info.get("crc32c")
-            if checksum and info.get("size") is not None:
-                size = int(info["size"])
-                checksum = str(checksum).strip('"')
-                digest.update(f"{size} {checksum}".encode())
-                return size, digest.hexdigest()
+            known = _fingerprint_of(info)
+            if known is not None:
+                return int(info["size"]), known
         elif local_path(uri).exists() and not local_path(uri).is_file():
             # Opening a pipe would wait for ever.
             raise IsADirectoryError(errno.EISDIR, "not a regular file", uri)
@@ -558,31 +558,53 @@ def _sample_starts(size: int) -> list[int]:
     return [last * i // (SAMPLE_BLOCKS - 1) for i in range(SAMPLE_BLOCKS)]
 
 
-def list_files(uri: str, extensions: Sequence[str]) -> list[tuple[str, str, int]]:
-    """Files of a folder, prefix or glob at all depths, or one file.
+class Listed(NamedTuple):
+    """A file or object that a listing found.
+
+    Attributes:
+        relative: path below the folder or prefix; the name alone of a single file.
+        uri: full address.
+        num_bytes: size; 0 for a dangling link.
+        fingerprint: what `fingerprint_file` would give, where the store's listing tells it for
+            nothing; None elsewhere.
+    """
+
+    relative: str
+    uri: str
+    num_bytes: int
+    fingerprint: str | None
+
+
+def list_objects(uri: str, extensions: Sequence[str]) -> Iterator[Listed]:
+    """Files of a folder, prefix or glob at all depths, or one file; sorted by path.
+
+    Local folders and S3 are read as the iteration goes on: memory stays flat however many there
+    are. Passing faults are retried page by page.
 
     Args:
         uri: local or remote address; `*`, `?`, `[…]` and `**` make it a glob unless something
             with exactly this name exists.
         extensions: endings to keep, in lower case; not asked of a single file. Hidden files and
             folders (a leading dot) are left out. Linked folders are followed, loops are not.
-    Returns:
-        (path relative to the folder, address, bytes), sorted by path. A dangling link has 0
-        bytes.
     Raises:
         FileNotFoundError: there is nothing at this address.
+        StorageError: the store fails, or may not be read.
     """
+    endings = tuple(extensions)
+    for item in _list_local(local_path(uri)) if is_local(uri) else _list_remote(uri):
+        is_the_one = item.uri == uri
+        if is_the_one or (
+            item.relative.lower().endswith(endings) and not _is_hidden(item.relative)
+        ):
+            yield item
 
-    def list_once() -> list[tuple[str, str, int]]:
-        found = _list_local(local_path(uri)) if is_local(uri) else _list_remote(uri)
-        if len(found) == 1 and found[0][1] == uri:
-            return found
-        endings = tuple(extensions)
-        return sorted(
-            item for item in found if item[0].lower().endswith(endings) and not _is_hidden(item[0])
-        )
 
-    return _retry(f"list {redact_uri(uri)}", list_once, MAX_ATTEMPTS, BACKOFF_S)
+def list_files(uri: str, extensions: Sequence[str]) -> list[tuple[str, str, int]]:
+    """(path relative to the folder, address, bytes) of what `list_objects` lists.
+
+    Raises: as `list_objects`.
+    """
+    return [(item.relative, item.uri, item.num_bytes) for item in list_objects(uri, extensions)]
 
 
 def _is_hidden(relative: str) -> bool:
@@ -591,18 +613,21 @@ def _is_hidden(relative: str) -> bool:
     return name.startswith("._") or any(folder.startswith(".") for folder in folders)
 
 
-def _list_local(path: Path) -> list[tuple[str, str, int]]:
+def _list_local(path: Path) -> Iterator[Listed]:
     if path.is_file():
-        return [(path.name, str(path), path.stat().st_size)]
+        yield Listed(path.name, str(path), path.stat().st_size, None)
+        return
+    found: Iterable[tuple[Path, int]]
     if path.is_dir():
         base, found = path, _walk(path)
     elif glob.has_magic(str(path)):
         base = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
         names = base.glob(str(path.relative_to(base)))
-        found = [(name, _size(name)) for name in names if not name.is_dir()]
+        found = sorted((name, _size(name)) for name in names if not name.is_dir())
     else:
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(path))
-    return [(name.relative_to(base).as_posix(), str(name), size) for name, size in found]
+    for name, size in found:
+        yield Listed(name.relative_to(base).as_posix(), str(name), size, None)
 
 
 def _size(path: Path) -> int:
@@ -613,49 +638,111 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> list[tuple[Path, int]]:
-    """(file, bytes) below a folder; a link back to a folder above is not followed."""
-    found: list[tuple[Path, int]] = []
-    try:
+def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[Path, int]]:
+    """(file, bytes) below a folder, by path; a link back to a folder above is not followed."""
+
+    def entries() -> tuple[tuple[int, int], list[str]]:
         status = folder.stat()
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return found
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                path = folder / entry.name
-                try:
-                    is_folder = entry.is_dir()
-                except OSError:  # a link to itself: listed, and found unreadable later
-                    is_folder = False
-                if is_folder:
-                    found += _walk(path, (*above, here))
-                else:
-                    found.append((path, _size(path)))
+        with os.scandir(folder) as found:
+            return (status.st_dev, status.st_ino), sorted(map(_with_slash, found))
+
+    try:
+        here, names = _retry(f"list {folder}", entries, MAX_ATTEMPTS, BACKOFF_S)
     except FileNotFoundError:  # removed meanwhile
-        pass
-    except PermissionError as error:
-        if not above:
+        return
+    except StorageError as error:
+        if not above or not isinstance(error.__cause__, PermissionError):
             raise
-        logger.warning("folder %s is left out: %s", folder, error.strerror)
-    return found
+        logger.warning("folder %s is left out: %s", folder, error.__cause__.strerror)
+        return
+    if here in above:
+        return
+    for name in names:
+        if name.endswith("/"):
+            yield from _walk(folder / name, (*above, here))
+        else:
+            yield folder / name, _size(folder / name)
 
 
-def _list_remote(uri: str) -> list[tuple[str, str, int]]:
-    filesystem, path = _filesystem(uri)
+def _with_slash(entry: os.DirEntry[str]) -> str:
+    """A folder's name with a slash behind it: the order of names is then that of whole paths."""
+    try:
+        return f"{entry.name}/" if entry.is_dir() else entry.name
+    except OSError:  # a link to itself: listed, and found unreadable later
+        return entry.name
+
+
+def _list_remote(uri: str) -> Iterator[Listed]:
+    filesystem, path = _filesystem(uri, single_attempt=True)
     base = path.rstrip("/")
-    found = filesystem.find(f"{base}/", detail=True)
-    if (not found or list(found) == [base]) and filesystem.exists(base):
-        info = filesystem.info(path)
-        return [(base.rpartition("/")[2], uri, int(info["size"] or 0))]
-    if not found and glob.has_magic(base):
-        found = filesystem.glob(base, detail=True)
-        while glob.has_magic(base):
-            base = base.rpartition("/")[0]
-    if not found:
+    pattern = None
+    found = _remote_files(filesystem, base)
+    first = next(found, None)
+    if first is None:
+
+        def look() -> Any:
+            return filesystem.info(base)
+
+        try:
+            info = _retry(f"look up {redact_uri(uri)}", look, MAX_ATTEMPTS, BACKOFF_S)
+            if info["type"] == "file":
+                name = base.rpartition("/")[2]
+                yield Listed(name, uri, int(info["size"] or 0), _fingerprint_of(info))
+                return
+        except FileNotFoundError:
+            pass
+        if glob.has_magic(base):
+            pattern = re.compile(glob_translate(base))
+            while glob.has_magic(base):
+                base = base.rpartition("/")[0]
+            found = (item for item in _remote_files(filesystem, base) if pattern.match(item[0]))
+            first = next(found, None)
+    if first is None:
         raise FileNotFoundError(errno.ENOENT, "no such object or prefix", redact_uri(uri))
-    return [
-        (name[len(base) + 1 :], filesystem.unstrip_protocol(name), int(info["size"] or 0))
-        for name, info in found.items()
-        if info["type"] == "file" and name.startswith(f"{base}/")
-    ]
+    for name, info in chain((first,), found):
+        yield Listed(
+            name[len(base) + 1 :],
+            filesystem.unstrip_protocol(name),
+            int(info["size"] or 0),
+            _fingerprint_of(info),
+        )
+
+
+def _remote_files(filesystem: Any, base: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, what the store says of it) of every object below `base`, by path.
+
+    On an object store a folder is nothing but a common beginning of keys.
+    """
+    what = f"list {redact_uri(filesystem.unstrip_protocol(base))}"
+    if hasattr(filesystem, "call_s3"):
+        bucket, prefix, _ = filesystem.split_path(f"{base}/")
+        token: dict[str, str] = {}
+        while True:
+
+            def page(token: dict[str, str] = token) -> Any:
+                options = {"Bucket": bucket, "Prefix": prefix, **filesystem.req_kw, **token}
+                return filesystem.call_s3("list_objects_v2", **options)
+
+            listed = _retry(what, page, MAX_ATTEMPTS, BACKOFF_S)
+            for entry in listed.get("Contents", []):
+                if not entry["Key"].endswith("/"):  # consoles make such keys for empty folders
+                    yield f"{bucket}/{entry['Key']}", {"size": entry["Size"], "ETag": entry["ETag"]}
+            if not listed.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": listed["NextContinuationToken"]}
+
+    def find() -> Any:
+        return filesystem.find(f"{base}/", detail=True)
+
+    for name, info in sorted(_retry(what, find, MAX_ATTEMPTS, BACKOFF_S).items()):
+        if info["type"] == "file" and name.startswith(f"{base}/"):
+            yield name, info
+
+
+def _fingerprint_of(info: Mapping[str, Any]) -> str | None:
+    """Fingerprint by the checksum that an object store keeps, None where it keeps none."""
+    checksum = info.get("ETag") or info.get("md5Hash") or info.get("crc32c")
+    if not checksum or info.get("size") is None:
+        return None
+    text = f"{int(info['size'])} {str(checksum).strip(chr(34))}"
+    return blake2b(text.encode(), digest_size=16).hexdigest()

@@ -22,7 +22,7 @@ import pytest
 
 from fourdh_batch import storage
 from fourdh_batch.errors import OutputInUseError, StorageError
-from fourdh_batch.storage import Store, fingerprint_file, list_files, open_read
+from fourdh_batch.storage import Store, fingerprint_file, list_files, list_objects, open_read
 from fourdh_batch.tables.manifest import Lease
 from fourdh_batch.tables.reader import read_tracks
 from tests.table_rows import finished_spool, publish
@@ -158,6 +158,8 @@ def test_s3_inputs_are_listed_and_fingerprinted_without_reading(s3: Store) -> No
     a, c, b = (fingerprint_file(uri) for _, uri, _ in listed)
     assert a == b
     assert a != c
+    told = [(item.num_bytes, item.fingerprint) for item in list_objects(s3.uri("v"), (".mp4",))]
+    assert told == [a, c, b]
     with open_read(listed[0][1]) as stream:
         assert stream.read() == b"one"
 
