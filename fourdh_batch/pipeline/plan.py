@@ -10,17 +10,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
+from pathlib import Path
 from typing import TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fourdh_batch.errors import ManifestError, StorageError
+from fourdh_batch.errors import ManifestError, SchemaError, StorageError
 from fourdh_batch.storage import Store, fingerprint_file, list_files, open_read, safe_key
 from fourdh_batch.tables.manifest import fingerprint_of
 
@@ -31,8 +35,14 @@ VIDEO_EXTENSIONS = (
 MANIFEST_EXTENSIONS = (".csv", ".jsonl", ".parquet")
 MAX_ID_LENGTH = 1024
 NUM_PROBE_THREADS = 16
+MAX_PROBLEMS_SHOWN = 50
 UNREADABLE = "unreadable"  # begins the fingerprint of a file that could not be read
 _MIB = 1 << 20
+_BATCH_ROWS = 1 << 16
+_GENERATION = re.compile(r"(\d{6,})\.(json|parquet)", re.ASCII)
+_GENERATION_SCHEMA = pa.schema(
+    [pa.field("video_id", pa.string(), False), pa.field("shard_id", pa.string(), False)]
+)
 
 T = TypeVar("T")
 
@@ -46,13 +56,24 @@ class Video:
             manifest's own.
         uri: where it is read from.
         num_bytes: size of the file, 0 where it could not be read.
-        fingerprint: of its content; never of its name or date.
+        fingerprint: of its content and its window; never of its name or date.
+        start_s: frames shown before this time of the file are left out; None: none are.
+        end_s: frames shown at this time or later are left out; None: none are.
+        extra: JSON object of the manifest's other columns, keys in order; "" without any.
     """
 
     video_id: str
     uri: str
     num_bytes: int
     fingerprint: str
+    start_s: float | None = None
+    end_s: float | None = None
+    extra: str = ""
+
+    @property
+    def details(self) -> str:
+        """Digest of `extra`, which changes no row but the one in `videos`; "" without any."""
+        return blake2b(self.extra.encode(), digest_size=8).hexdigest() if self.extra else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +144,15 @@ def read_corpus(source: str, *, limit: int = 0) -> list[Video]:
         else:
             videos.append(result)
     if problems:
-        raise ManifestError(
-            f"input {source}: {len(problems)} problems:\n  " + "\n  ".join(problems)
-        )
+        raise ManifestError(f"input {source}: {some_of(problems)}")
     return videos
+
+
+def some_of(problems: Sequence[str]) -> str:
+    """Problems as one text: how many, and the first of them."""
+    text = f"{len(problems)} problems:\n  " + "\n  ".join(problems[:MAX_PROBLEMS_SHOWN])
+    more = len(problems) - MAX_PROBLEMS_SHOWN
+    return f"{text}\n  and {more} more" if more > 0 else text
 
 
 def plan_shards(
@@ -147,45 +173,120 @@ def plan_shards(
     Returns:
         Shards with at least one video of today, in `shard_id` order.
     """
-    prefix = f"_plan/{safe_key(dataset)}"
     assigned: dict[str, str] = {}
-    generation = 0
-    for key, _ in sorted(store.list(prefix)):
-        plan = json.loads(store.read_bytes(key))
-        generation = max(generation, int(plan["generation"]))
-        for shard_id, video_ids in plan["shards"].items():
-            assigned.update(dict.fromkeys(video_ids, shard_id))
-
-    new: dict[str, list[str]] = {}
-    members: list[str] = []
-    num_bytes = 0
-
-    def close() -> None:
-        if members:
-            digest = blake2b(f"{dataset}\0{members[0]}".encode(), digest_size=4).hexdigest()
-            new[f"{generation + 1:04d}-{len(new):05d}-{digest}"] = list(members)
-
-    for video in sorted(videos, key=lambda v: v.video_id):
-        if video.video_id in assigned:
-            continue
-        full = len(members) >= videos_per_shard
-        heavy = bool(members) and num_bytes + video.num_bytes > mb_per_shard * _MIB
-        if full or heavy:
-            close()
-            members, num_bytes = [], 0
-        members.append(video.video_id)
-        num_bytes += video.num_bytes
-    close()
-    if new and record:
-        body = json.dumps({"generation": generation + 1, "dataset": dataset, "shards": new})
-        store.write_bytes(f"{prefix}/{generation + 1:06d}.json", body.encode())
-    for shard_id, video_ids in new.items():
-        assigned.update(dict.fromkeys(video_ids, shard_id))
-
+    last = 0
+    for number, rows in read_generations(store, dataset):
+        assigned.update(rows)
+        last = number
+    ordered = sorted(videos, key=lambda v: v.video_id)
+    new = list(
+        cut_shards(
+            dataset,
+            last + 1,
+            ((v.video_id, v.num_bytes) for v in ordered if v.video_id not in assigned),
+            videos_per_shard=videos_per_shard,
+            mb_per_shard=mb_per_shard,
+        )
+    )
+    if record:
+        write_generation(store, dataset, last + 1, new)
+    assigned.update(new)
     by_shard: dict[str, list[Video]] = {}
-    for video in sorted(videos, key=lambda v: v.video_id):
+    for video in ordered:
         by_shard.setdefault(assigned[video.video_id], []).append(video)
     return [Shard(name, dataset, tuple(by_shard[name])) for name in sorted(by_shard)]
+
+
+# --- the record of who belongs where -----------------------------------------------------------
+
+
+def plan_folder(dataset: str) -> str:
+    """Key of the folder with what planning remembers of a dataset."""
+    return f"_plan/{safe_key(dataset)}"
+
+
+def cut_shards(
+    dataset: str,
+    generation: int,
+    videos: Iterable[tuple[str, int]],
+    *,
+    videos_per_shard: int,
+    mb_per_shard: int,
+) -> Iterator[tuple[str, str]]:
+    """Group the new videos of a plan into new shards.
+
+    Args:
+        generation: number of this plan; part of the names.
+        videos: `video_id` and bytes, in `video_id` order.
+    Returns:
+        (video_id, shard_id), in the same order.
+    """
+    shard_id = ""
+    num_shards = num_members = num_bytes = 0
+    for video_id, size in videos:
+        full = num_members >= videos_per_shard or num_bytes + size > mb_per_shard * _MIB
+        if not shard_id or full:
+            digest = blake2b(f"{dataset}\0{video_id}".encode(), digest_size=4).hexdigest()
+            shard_id = f"{generation:04d}-{num_shards:05d}-{digest}"
+            num_shards += 1
+            num_members = num_bytes = 0
+        num_members += 1
+        num_bytes += size
+        yield video_id, shard_id
+
+
+def read_generations(store: Store, dataset: str) -> Iterator[tuple[int, Iterator[tuple[str, str]]]]:
+    """Every recorded plan of a dataset, oldest first: its number, and (video_id, shard_id).
+
+    Raises:
+        SchemaError: a file there is not a recorded plan.
+    """
+    for key, _ in store.list(plan_folder(dataset)):
+        name = _GENERATION.fullmatch(key.rpartition("/")[2])
+        if name is None:
+            continue
+        yield int(name[1]), (_read_json if name[2] == "json" else _read_parquet)(store, key)
+
+
+def write_generation(
+    store: Store, dataset: str, generation: int, rows: Iterable[tuple[str, str]]
+) -> None:
+    """Record new assignments (video_id, shard_id); nothing is written where there are none."""
+    rest = iter(rows)
+    batch = list(islice(rest, _BATCH_ROWS))
+    if not batch:
+        return
+    with tempfile.TemporaryDirectory(prefix="fourdh-plan-") as folder:
+        path = Path(folder) / "plan.parquet"
+        with pq.ParquetWriter(path, _GENERATION_SCHEMA, compression="zstd") as writer:
+            while batch:
+                writer.write_table(pa.table(list(zip(*batch, strict=True)), _GENERATION_SCHEMA))
+                batch = list(islice(rest, _BATCH_ROWS))
+        store.put_file(path, f"{plan_folder(dataset)}/{generation:06d}.parquet")
+
+
+def _read_json(store: Store, key: str) -> Iterator[tuple[str, str]]:
+    """A plan as it was recorded before Parquet."""
+    try:
+        shards = json.loads(store.read_bytes(key))["shards"]
+        yield from ((video_id, name) for name, ids in shards.items() for video_id in ids)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SchemaError(f"{key}: expected a recorded plan, got {error!r}") from error
+
+
+def _read_parquet(store: Store, key: str) -> Iterator[tuple[str, str]]:
+    try:
+        with store.open_read(key) as file, pq.ParquetFile(file) as table:
+            if not table.schema_arrow.equals(_GENERATION_SCHEMA):
+                raise SchemaError(
+                    f"{key}: expected a recorded plan with the columns "
+                    f"{_GENERATION_SCHEMA.names}, got {table.schema_arrow.names}"
+                )
+            for batch in table.iter_batches(_BATCH_ROWS):
+                columns = (column.to_pylist() for column in batch.columns)
+                yield from zip(*columns, strict=True)
+    except pa.ArrowException as error:
+        raise SchemaError(f"{key}: expected a recorded plan, got {error}") from error
 
 
 def _read_manifest(source: str) -> Iterator[tuple[str, str]]:
