@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow lint format bench bench-published clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -40,5 +40,32 @@ format: $(STAMP) ## Let ruff rewrite what it can
 bench: $(STAMP) ## Ratios against named baselines, one run; see docs/BENCHMARKS.md
 	$(BIN)/python -m tests.benchmark
 
+# The published tracker: its checkout (or REFERENCE=folder of one) and the packages it imports.
+PHALP_URL    ?= https://github.com/brjathu/PHALP
+PHALP_COMMIT := 96f7e6c09fb858ec3f597d59246c151ab4394bc3
+REFERENCE    ?= .bench/PHALP
+PEOPLE       ?= 3 10
+FRAMES       ?= 10
+
+bench-published: $(REFERENCE)/phalp $(STAMP) .bench/venv/.installed ## Our tracker beside the published one; PEOPLE="3 10 20" takes long
+	$(BIN)/python tests/benchmark/reference_tracker.py --reference $(REFERENCE) \
+	    --python .bench/venv/bin/python --recorded tests/data/tracking/full_seqA.npz \
+	    --people $(PEOPLE) --frames $(FRAMES)
+
+.bench/PHALP/phalp:
+	@rm -rf .bench/PHALP && git init --quiet .bench/PHALP
+	@git -C .bench/PHALP fetch --quiet --depth 1 $(PHALP_URL) $(PHALP_COMMIT) || { echo \
+	    "cannot get $(PHALP_URL) from here: make bench-published REFERENCE=folder of a checkout of $(PHALP_COMMIT)" >&2; exit 1; }
+	git -C .bench/PHALP checkout --quiet FETCH_HEAD
+
+%/phalp:
+	@echo "$*: not a checkout of PHALP, there is no folder phalp in it (REFERENCE=)" >&2; exit 1
+
+.bench/venv/.installed: constraints.txt
+	$(PYTHON) -m venv .bench/venv
+	.bench/venv/bin/python -m pip install --quiet --constraint constraints.txt \
+	    torch scipy omegaconf scikit-learn==1.9.1 einops==0.8.2
+	@touch $@
+
 clean: ## Remove the environment and everything made
-	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) .bench demo_output .pytest_cache .mypy_cache .ruff_cache dist

@@ -1,12 +1,14 @@
 """The published PHALP tracker and ours side by side, on one CPU core.
 
+    make bench-published
     python tests/benchmark/reference_tracker.py --reference ../PHALP --python ../venv/bin/python \
         --recorded tests/data/tracking/full_seqA.npz --people 3 10 20 --frames 10 \
         --predictor medium --json figures.json
 
 `--reference` is a checkout of brjathu/PHALP 96f7e6c. 4D-Humans adds nothing between detections and
 identities, so its own checkout is not needed. `--python` runs it and needs torch, SciPy,
-scikit-learn, OmegaConf and einops (`published_tracker.py`). Not part of `make bench`.
+scikit-learn, OmegaConf and einops (`published_tracker.py`); the target gets both. Not part of
+`make bench`.
 
 Both sides get the very same detections and weights (`tracker_scene.py`, the goldens' recipe). A
 round is one frame: first the published tracker associates it, then ours; a ratio is the median over
