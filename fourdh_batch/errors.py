@@ -17,6 +17,7 @@
         ├── CorruptVideoError       CORRUPT          damaged in the middle; the rest was read
         ├── TruncatedVideoError     TRUNCATED        ends before its headers say
         ├── BadTimestampsError      BAD_TIMESTAMPS   presentation times do not increase
+        ├── EmptyWindowError        EMPTY_WINDOW     no frame in the window asked for
         ├── DecoderRefusedError     DECODER_REFUSED  the chosen decoder would be wrong here
         ├── BadBoxesError           BAD_BOXES        boxes given for it cannot be used
         ├── BadPosesError           BAD_POSES        bodies given for it cannot be used
@@ -132,6 +133,10 @@ class TruncatedVideoError(VideoError):
 
 class BadTimestampsError(VideoError):
     code = "BAD_TIMESTAMPS"
+
+
+class EmptyWindowError(VideoError):
+    code = "EMPTY_WINDOW"
 
 
 class DecoderRefusedError(VideoError):

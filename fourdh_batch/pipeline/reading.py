@@ -21,7 +21,9 @@ def read_chunks(
 ) -> Iterator[FrameChunk | DecodeSummary]:
     """Decode a video in this process, from frame `start` on: its chunks, then how it ended.
 
-    A remote video is read by ranges as the decoder asks for them.
+    Of a video with a window only the frames of the window are read; `frame_index` and times stay
+    those of the file, so that the first frame need not be frame 0. A remote video is read by
+    ranges as the decoder asks for them.
 
     Raises:
         VideoError: nothing (more) can be read.
@@ -30,11 +32,11 @@ def read_chunks(
     _check_still_there(video)
     if is_local(video.uri):
         with VideoReader(str(local_path(video.uri)), **options) as reader:
-            yield from reader.chunks(**_chunk_options(config, start))
+            yield from reader.chunks(**_chunk_options(video, config, start))
             yield reader.summary
         return
     with _open_remote(video.uri, video.video_id) as file, VideoReader(file, **options) as reader:
-        yield from reader.chunks(**_chunk_options(config, start))
+        yield from reader.chunks(**_chunk_options(video, config, start))
         yield reader.summary
 
 
@@ -46,7 +48,7 @@ def read_chunks_isolated(
     Raises:
         VideoError: also when the child dies or hands out nothing for too long.
     """
-    options = {**_reader_options(video, config), **_chunk_options(config, start)}
+    options = {**_reader_options(video, config), **_chunk_options(video, config, start)}
     _check_still_there(video)
     memory_limit_bytes = config.decoder_memory_mb * _MIB or None
     if is_local(video.uri):
@@ -98,9 +100,11 @@ def _reader_options(video: Video, config: VideoConfig) -> dict[str, Any]:
     }
 
 
-def _chunk_options(config: VideoConfig, start: int) -> dict[str, Any]:
+def _chunk_options(video: Video, config: VideoConfig, start: int) -> dict[str, Any]:
     return {
         "start": start,
+        "start_s": video.start_s,
+        "end_s": video.end_s,
         "chunk_frames": config.chunk_frames,
         "max_chunk_bytes": config.max_chunk_mb * _MIB,
         "score_shots": config.detect_shots,

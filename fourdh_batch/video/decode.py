@@ -30,6 +30,7 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
@@ -50,6 +51,7 @@ from fourdh_batch.errors import (
     BadTimestampsError,
     CorruptVideoError,
     DecoderRefusedError,
+    EmptyWindowError,
     TooLargeError,
     TruncatedVideoError,
     UndecodableError,
@@ -237,13 +239,40 @@ class VideoReader:
                 `summary.damage` says which are missing.
             MemoryError: the limit of this process.
         """
-        return self._begin(start, with_previous=False)
+        return self._begin(start, (0, self.info.num_frames), with_previous=False)
+
+    def window(self, start_s: float | None, end_s: float | None) -> tuple[int, int]:
+        """The first frame shown at `start_s` or later, and the first shown at `end_s` or later.
+
+        Args:
+            start_s, end_s: seconds, as in `pts_s`; None: from the beginning, to the end.
+        Raises:
+            EmptyWindowError: no frame lies between.
+        """
+
+        def first_at(time_s: float) -> int:
+            return bisect_left(self._scan.pts.tolist(), time_s, key=self._scan.seconds)
+
+        num_frames = self.info.num_frames
+        begin = 0 if start_s is None else first_at(start_s)
+        end = num_frames if end_s is None else first_at(end_s)
+        if begin >= end:
+            asked = f"{start_s or 0:g} s to {'the end' if end_s is None else f'{end_s:g} s'}"
+            first, last = (self._scan.seconds(int(self._scan.pts[i])) for i in (0, -1))
+            raise EmptyWindowError(
+                f"expected frames from {asked}, got {num_frames} frames shown from {first:g} s "
+                f"to {last:g} s",
+                video=self._video,
+            )
+        return begin, end
 
     def chunks(
         self,
         chunk_frames: int = CHUNK_FRAMES,
         *,
         start: int = 0,
+        start_s: float | None = None,
+        end_s: float | None = None,
         max_chunk_bytes: int = MAX_CHUNK_BYTES,
         score_shots: bool = False,
         allocate: Allocate | None = None,
@@ -255,15 +284,20 @@ class VideoReader:
         Args:
             chunk_frames: frames in a chunk, at most.
             start: first frame.
+            start_s, end_s: only frames of this window, see `window`. They keep the index and
+                the times they have in the whole video.
             max_chunk_bytes: RGB bytes in a chunk, at most (but one frame at least).
             score_shots: fill `FrameChunk.shot_scores`. In a pass from the middle the first score
-                compares with the frame an uninterrupted pass would have compared with.
+                compares with the frame an uninterrupted pass (of the same window) would have
+                compared with.
             allocate: makes the (T, H, W, 3) uint8 memory a chunk is written to. By default
                 memory is used again once no array looks into it any more.
         Raises:
-            as `frames`.
+            as `frames`, `EmptyWindowError`.
         """
         check_chunking(chunk_frames, max_chunk_bytes, start)
+        begin, end = self.window(start_s, end_s)
+        start = max(start, begin)
         allocate = allocate or _ReusedMemory().allocate
         score = None
         if score_shots:
@@ -271,7 +305,7 @@ class VideoReader:
 
             score = ContentScore().push
         chunk: _OpenChunk | None = None
-        for frame in self._begin(start, with_previous=score_shots):
+        for frame in self._begin(start, (begin, end), with_previous=score_shots):
             if frame.frame_index < start:
                 assert score is not None
                 score(frame.rgb())
@@ -285,7 +319,7 @@ class VideoReader:
                 capacity = min(
                     chunk_frames,
                     max(1, max_chunk_bytes // (3 * height * width)),
-                    self.info.num_frames - frame.frame_index,
+                    end - frame.frame_index,
                 )
                 shape = (capacity, height, width, 3)
                 chunk = _OpenChunk(self._video_id, allocate(shape), score)
@@ -296,25 +330,29 @@ class VideoReader:
         if chunk is not None:
             yield chunk.close()
 
-    def _begin(self, start: int, *, with_previous: bool) -> Iterator[DecodedFrame]:
+    def _begin(
+        self, start: int, window: tuple[int, int], *, with_previous: bool
+    ) -> Iterator[DecodedFrame]:
         if start < 0:
             raise ValueError(f"start: expected a frame index of 0 or more, got {start}")
         self.close()
         self._summary = None
-        self._running = self._pass(start, with_previous)
+        self._running = self._pass(start, window, with_previous)
         return self._running
 
-    def _pass(self, start: int, with_previous: bool) -> Generator[DecodedFrame]:
-        """Frames from `start` on, and before them the last good frame ahead of `start` if asked.
+    def _pass(
+        self, start: int, window: tuple[int, int], with_previous: bool
+    ) -> Generator[DecodedFrame]:
+        """Frames of the window from `start` on, and the last good one ahead of `start` if asked.
 
         Verified seek: decode from the last keyframe at or before the frame wanted; unless its
         own picture comes first, go back to earlier keyframes and at last to the beginning.
         """
-        if start >= self.info.num_frames:
+        if start >= window[1]:
             decoding = _Decoding(self._scan, self._max_pixels, self._on_packet)
-            yield from self._hand_out(None, iter(()), decoding, start, False)
+            yield from self._hand_out(None, iter(()), decoding, start, window, False)
             return
-        wanted = max(0, start - 1) if with_previous else start
+        wanted = max(window[0], start - 1) if with_previous else start
         for key in self._entries(wanted):
             decoding = _Decoding(self._scan, self._max_pixels, self._on_packet)
             with closing(decoding.run(self._source, self._video, key)) as frames:
@@ -322,7 +360,7 @@ class VideoReader:
                 if key is not None and (first is None or first[0] != self._scan.key_frame[key]):
                     logger.debug("video %s: key %d is no clean start", self._video, key)
                     continue
-                yield from self._hand_out(first, frames, decoding, start, with_previous)
+                yield from self._hand_out(first, frames, decoding, start, window, with_previous)
                 return
 
     def _entries(self, wanted: int) -> Iterator[int | None]:
@@ -342,8 +380,10 @@ class VideoReader:
         frames: Iterator[tuple[int, av.VideoFrame]],
         decoding: _Decoding,
         start: int,
+        window: tuple[int, int],
         with_previous: bool,
     ) -> Iterator[DecodedFrame]:
+        begin, end = window
         scan, converter = self._scan, _RgbConverter()
         damage: list[Damage] = []
         expected, num_handed = start, 0
@@ -356,27 +396,34 @@ class VideoReader:
 
         for index, native in frames if first is None else chain((first,), frames):
             if index < start:
-                previous = index, native
+                if index >= begin:
+                    previous = index, native
                 continue
             if with_previous and previous is not None:
                 yield decoded(*previous)
             with_previous, previous = False, None
             if index > expected:
-                damage.append(Damage(*decoding.cause_of_loss(expected), expected, index - 1))
+                last = min(index, end) - 1
+                damage.append(Damage(*decoding.cause_of_loss(expected), expected, last))
+                expected = last + 1
+            if expected == end:
+                break
             yield decoded(index, native)
             expected, num_handed = index + 1, num_handed + 1
+            if expected == end < scan.info.num_frames:
+                break
 
-        num_frames = scan.info.num_frames
-        if expected < num_frames:
+        reaches_end = end == scan.info.num_frames
+        if expected < end:
             cause = decoding.stopped or scan.ends_early or decoding.cause_of_loss(expected)
-            damage.append(Damage(*cause, expected, None))
-        elif scan.ends_early is not None:
-            damage.append(Damage(*scan.ends_early, max(start, num_frames), None))
-        if num_handed == 0 and start == 0:
+            damage.append(Damage(*cause, expected, None if reaches_end else end - 1))
+        elif reaches_end and scan.ends_early is not None:
+            damage.append(Damage(*scan.ends_early, max(start, end), None))
+        if num_handed == 0 and start == begin:
             raise _ERROR_OF_CODE[damage[-1].code](
-                f"expected {num_frames} frames, got none: {damage[-1].message}",
+                f"expected {end - begin} frames, got none: {damage[-1].message}",
                 video=self._video,
-                frame_index=0,
+                frame_index=begin,
                 stage="decode",
             )
         self._summary = DecodeSummary(self.info, num_handed, tuple(damage))

@@ -84,6 +84,8 @@ def decode_isolated(
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
     score_shots: bool = False,
     start: int = 0,
+    start_s: float | None = None,
+    end_s: float | None = None,
     decoder: str = "auto",
     max_pixels: int = MAX_PIXELS,
     stall_timeout_s: float = STALL_TIMEOUT_S,
@@ -95,7 +97,8 @@ def decode_isolated(
     Args:
         source: path of a local file.
         video_id: name for messages and chunks.
-        chunk_frames, max_chunk_bytes, score_shots, start: see `VideoReader.chunks`.
+        chunk_frames, max_chunk_bytes, score_shots, start, start_s, end_s: see
+            `VideoReader.chunks`.
         decoder, max_pixels: see `VideoReader`.
         stall_timeout_s: longest time without a packet read or decoded while the caller waits.
         memory_limit_bytes: address space the child may take beyond what it starts with, its
@@ -120,6 +123,8 @@ def decode_isolated(
             "max_chunk_bytes": max_chunk_bytes,
             "score_shots": score_shots,
             "start": start,
+            "start_s": start_s,
+            "end_s": end_s,
             "decoder": decoder,
             "max_pixels": max_pixels,
         },
