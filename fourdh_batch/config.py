@@ -154,6 +154,12 @@ class PlanConfig:
         retry_quarantined: also redo finished shards that hold a quarantined video.
         remove_missing: videos that are finished but not in `input` any more leave the tables;
             otherwise they stay, and a run that would lose them is refused.
+        list_root: folder or prefix from which the names of a `.txt` list count; empty: the
+            folder of the list.
+        list_start_s, list_end_s: of the videos of a `.txt` list only frames from the one time
+            up to the other are read, seconds; 0: from the beginning, to the end.
+        gpu_hour_cost: price of one GPU for an hour in any currency, for `fourdh plan`; 0: costs
+            are not shown.
     """
 
     videos_per_shard: int = 200
@@ -161,6 +167,10 @@ class PlanConfig:
     limit: int = 0
     retry_quarantined: bool = False
     remove_missing: bool = False
+    list_root: str = ""
+    list_start_s: float = 0.0
+    list_end_s: float = 0.0
+    gpu_hour_cost: float = 0.0
 
 
 @dataclass
@@ -234,8 +244,8 @@ class JobConfig:
     """A whole job.
 
     Attributes:
-        input: a video, a folder, a glob or prefix (any fsspec path), or a manifest
-            (csv, jsonl or Parquet with columns `video_id` and `uri`).
+        input: a video, a folder, a glob or prefix (any fsspec path), a manifest (csv, jsonl or
+            Parquet with columns `video_id` and `uri`), or a `.txt` list of file names.
         output: root of the tables (any fsspec path).
         dataset: name in the `dataset` column and in the keys.
     """
@@ -439,6 +449,14 @@ def _impossible(config: JobConfig) -> list[str]:
         ("plan.videos_per_shard", plan.videos_per_shard >= 1, "at least 1", plan.videos_per_shard),
         ("plan.mb_per_shard", plan.mb_per_shard >= 1, "at least 1", plan.mb_per_shard),
         ("plan.limit", plan.limit >= 0, "0 or more", plan.limit),
+        ("plan.list_start_s", plan.list_start_s >= 0, "0 or more", plan.list_start_s),
+        (
+            "plan.list_end_s",
+            plan.list_end_s == 0 or plan.list_end_s > plan.list_start_s,
+            "0, or more than plan.list_start_s",
+            plan.list_end_s,
+        ),
+        ("plan.gpu_hour_cost", plan.gpu_hour_cost >= 0, "0 or more", plan.gpu_hour_cost),
         ("cluster.gpu_actors", cluster.gpu_actors >= 0, "0 or more", cluster.gpu_actors),
         (
             "cluster.gpus_per_actor",

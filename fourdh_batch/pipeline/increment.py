@@ -20,14 +20,8 @@ from typing import Literal
 
 from fourdh_batch.config import JobConfig
 from fourdh_batch.errors import ManifestError
-from fourdh_batch.pipeline.plan import (
-    Shard,
-    Video,
-    cut_shards,
-    read_generations,
-    some_of,
-    write_generation,
-)
+from fourdh_batch.pipeline.corpus import Video, raise_twice
+from fourdh_batch.pipeline.plan import Shard, cut_shards, read_generations, write_generation
 from fourdh_batch.pipeline.shard import QUARANTINED
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.manifest import COMMITS, CommitRecord, VideoRecord, commit_key
@@ -214,15 +208,16 @@ class Increment:
             )
             for v in self._videos
         )
-        self._db.executemany("INSERT INTO video VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        problem = ""
         try:
-            self._db.execute("CREATE UNIQUE INDEX video_order ON video (video_id)")
-        except sqlite3.IntegrityError:
-            twice = self._db.execute(
-                "SELECT video_id FROM video GROUP BY video_id HAVING count(*) > 1 ORDER BY video_id"
-            )
-            problems = [f"video_id {video_id!r} stands twice" for (video_id,) in twice]
-            raise ManifestError(f"input {self._config.input}: {some_of(problems)}") from None
+            self._db.executemany("INSERT INTO video VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        except ManifestError as error:
+            problem = str(error)
+        self._db.execute("CREATE INDEX video_order ON video (video_id)")
+        twice = self._db.execute(
+            "SELECT video_id FROM video GROUP BY video_id HAVING count(*) > 1 ORDER BY video_id"
+        )
+        raise_twice((video_id for (video_id,) in twice), self._config.input, problem)
         if limit := self._config.plan.limit:
             self._db.execute(
                 "DELETE FROM video WHERE video_id NOT IN "

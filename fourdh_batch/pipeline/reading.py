@@ -7,7 +7,7 @@ from typing import Any
 
 from fourdh_batch.config import VideoConfig
 from fourdh_batch.errors import StorageError
-from fourdh_batch.pipeline.plan import UNREADABLE, Video
+from fourdh_batch.pipeline.corpus import UNREADABLE, Video
 from fourdh_batch.storage import is_local, local_path, open_read, redact_uri
 from fourdh_batch.types import DecodeSummary, FrameChunk
 from fourdh_batch.video.decode import VideoReader

@@ -240,6 +240,38 @@ def scan_video(
         )
 
 
+def read_header(source: str | BinaryIO, video_id: str, max_pixels: int) -> VideoInfo:
+    """What the header claims, unchecked: no packet is read and no picture decoded.
+
+    `num_frames` is by duration and rate where the header does not count, and 0 where it does not
+    tell either; the size is that before the display rotation. Raises: as `probe`, where the file
+    does not open.
+    """
+    video = video_id or name_of(source)
+    with opened(source, video, max_pixels, decode_ahead=False) as container:
+        stream = _video_stream(container, video)
+        rate = stream.average_rate or stream.guessed_rate
+        duration_s = _header_duration_s(container, stream)
+        by_time = round(duration_s * rate) if duration_s and rate else 0
+        codec = stream.codec_context
+        return VideoInfo(
+            uri=name_of(source),
+            container=container.format.name,
+            codec=codec.codec.canonical_name,
+            pix_fmt=codec.pix_fmt or "",
+            width=codec.width,
+            height=codec.height,
+            rotation_deg=0,
+            num_frames=max(0, stream.frames or by_time),
+            num_frames_declared=stream.frames or None,
+            num_keyframes=0,
+            fps=float(rate) if rate else None,
+            duration_s=duration_s,
+            time_base=Fraction(stream.time_base),
+            decoder=f"PyAV {av.__version__} with FFmpeg {av.ffmpeg_version_info}",
+        )
+
+
 class _Key(Enum):
     """What a packet flagged as key is for a decoder that starts there."""
 
