@@ -27,11 +27,10 @@ from rich.table import Table
 from fourdh_batch import __version__
 from fourdh_batch.config import JobConfig, describe_settings, load_config, require
 from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
+from fourdh_batch.pipeline.dry_run import MAX_HEADERS, MAX_SHARDS, DryRun, dry_run
 from fourdh_batch.pipeline.job import OnProgress, RunReport, summary_of
 from fourdh_batch.pipeline.job import Progress as JobProgress
-from fourdh_batch.pipeline.plan import plan_shards, read_corpus
 from fourdh_batch.pipeline.records import UNTRAINED
-from fourdh_batch.storage import Store
 from fourdh_batch.tables.reader import read_table, read_tracks
 from fourdh_batch.video.decode import VideoReader
 
@@ -39,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 DONE, FAIL, USAGE = 0, 1, 2
 LOG_EVERY_S = 10.0
-_MIB = 1 << 20
 
 app = typer.Typer(
     name="fourdh",
@@ -79,39 +77,39 @@ def run_command(words: Words = None, as_json: AsJson = False) -> None:
 
 
 @app.command("plan")
-def plan_command(words: Words = None, as_json: AsJson = False) -> None:
-    """Show what a run would do, without doing it: shards, videos, bytes.
+def plan_command(
+    words: Words = None,
+    as_json: AsJson = False,
+    show_all: Annotated[bool, typer.Option("--all", help="List every shard to do.")] = False,
+    headers: Annotated[
+        int, typer.Option(min=0, help="Read the headers of so many files, for their frames.")
+    ] = MAX_HEADERS,
+    remember: Annotated[
+        bool, typer.Option(help="Keep what was probed below the output, for the next time.")
+    ] = False,
+) -> None:
+    """Show what a run would do and take, without doing it: videos, frames, hours, cost, bytes.
 
-    Example: fourdh plan input=/data/videos output=/data/tables
+    Nothing is written. Give the models of the run as well, or those of the last run are assumed.
+
+    Example: fourdh plan input=/data/videos output=/data/tables plan.gpu_hour_cost=2.5
     """
 
     def plan() -> int:
         config = load_config(*_split(words))
         require(config, "input", "output")
-        videos = read_corpus(config.input, limit=config.plan.limit)
-        shards = plan_shards(
-            Store(config.output),
-            config.dataset,
-            videos,
-            videos_per_shard=config.plan.videos_per_shard,
-            mb_per_shard=config.plan.mb_per_shard,
-            record=False,
-        )
-        rows = [
-            {
-                "shard": shard.shard_id,
-                "videos": len(shard.videos),
-                "mib": round(sum(v.num_bytes for v in shard.videos) / _MIB, 1),
-            }
-            for shard in shards
-        ]
+        with _steps() as on_step:
+            found = dry_run(
+                config,
+                max_headers=headers,
+                max_shards=sys.maxsize if show_all else MAX_SHARDS,
+                remember=remember,
+                on_step=on_step,
+            )
         if as_json:
-            typer.echo(json.dumps(rows))
-            return DONE
-        table = Table("shard", "videos", "MiB", title=f"{len(videos)} videos, {len(rows)} shards")
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        Console().print(table)
+            typer.echo(json.dumps(found.to_dict()))
+        else:
+            _print_plan(found)
         return DONE
 
     raise typer.Exit(_guarded(plan))
@@ -445,3 +443,69 @@ def _print_summary(report: RunReport) -> None:
     table.add_row("seconds", f"{report.seconds:.1f}")
     table.add_row("tables", report.output)
     Console().print(table)
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A line that says how far planning is, where a person looks on."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what, done, total: None
+        return
+    with console.status("planning") as status:
+        yield lambda what, done, total: status.update(
+            f"planning: {done}{f' of {total}' if total else ''} {what}"
+        )
+
+
+def _print_plan(found: DryRun) -> None:
+    console = Console()
+    table = Table(show_header=False, title="what a run would do")
+    table.add_row("corpus", f"{found.num_videos} videos in {found.num_shards} shards")
+    table.add_row("up to date", f"{found.shards_up_to_date} shards")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.changes.items()))
+    kept = f"; {found.videos_kept} beside them are kept" if found.videos_kept else ""
+    todo = f"{found.videos_todo} videos in {found.shards_todo} shards"
+    table.add_row("to do", f"{todo}{f' ({kinds})' if kinds else ''}{kept}")
+    if found.videos_missing:
+        table.add_row(
+            "not in the input",
+            f"{found.videos_missing} finished videos; they stay (plan.remove_missing=true takes "
+            "them out)",
+        )
+    if found.shards_removed:
+        table.add_row("taken out", f"{found.shards_removed} shards, none of whose videos is left")
+    rates = found.rates
+    on_cpu = rates.device == "cpu"
+    guessed = f", {found.frames_guessed} of them guessed by size" if found.frames_guessed else ""
+    table.add_row("files", _size(found.bytes_in))
+    table.add_row("frames", f"{found.frames}{guessed}")
+    table.add_row("people", f"about {found.people_rows} rows of tracks")
+    table.add_row("process-hours on CPU" if on_cpu else "GPU-hours", f"about {found.hours:.3g}")
+    if found.cost is not None:
+        table.add_row("cost", f"about {found.cost:.2f}, at {found.gpu_hour_cost:g} a GPU-hour")
+    table.add_row("tables", f"about {_size(found.bytes_out)}")
+    per = f"{1 / rates.seconds_per_frame:.3g} frames/s, {rates.rows_per_frame:.3g} people a frame"
+    where = f"measured by {', '.join(rates.runs)} on {rates.device}"
+    nothing = "assumed; no run of these models has measured any"
+    table.add_row("rates", f"{per}: {where if rates.runs else nothing}")
+    if found.models != "given":
+        table.add_row("models", f"not given; {found.models}")
+    console.print(table)
+    if found.shards:
+        rest = found.shards_todo - len(found.shards)
+        shards = Table(
+            *("shard", "videos", "kept", "MiB", "frames"),
+            title="shards to do",
+            caption=f"and {rest} more; --all lists them" if rest else None,
+        )
+        for row in found.shards:
+            shards.add_row(*map(str, row.values()))
+        console.print(shards)
+
+
+def _size(num_bytes: int) -> str:
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB")):
+        if num_bytes >= 1 << power:
+            return f"{num_bytes / (1 << power):.1f} {unit}"
+    return f"{num_bytes / 1024:.1f} KiB"

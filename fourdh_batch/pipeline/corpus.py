@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from fourdh_batch.config import JobConfig, PlanConfig
 from fourdh_batch.errors import ManifestError, StorageError
 from fourdh_batch.pipeline.probes import ProbeCache
-from fourdh_batch.storage import fingerprint_file, list_objects, open_read, redact_uri
+from fourdh_batch.storage import Store, fingerprint_file, list_objects, open_read, redact_uri
 
 VIDEO_EXTENSIONS = (
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
@@ -121,6 +121,20 @@ def stream_corpus(config: JobConfig, *, cache: ProbeCache | None = None) -> Iter
     """
     plan = config.plan
     return _stream(config.input, plan, cache.fingerprint if cache else fingerprint_file)
+
+
+def remembered_corpus(config: JobConfig, store: Store) -> Iterator[Video]:
+    """`stream_corpus` that keeps the fingerprints of local files in the output for the next time.
+
+    Args:
+        config: `dataset`, `input` and `plan` are used.
+        store: the output; written to when all videos are handed out.
+    Raises:
+        ManifestError: as `stream_corpus`.
+    """
+    with ProbeCache(store, config.dataset) as cache:
+        yield from stream_corpus(config, cache=cache)
+        cache.save(forget_unseen=not config.plan.limit)
 
 
 def checked_ids(videos: Iterable[Video], source: str) -> Iterator[Video]:
@@ -347,12 +361,14 @@ class _RowError(ValueError):
 def _video_of(row: Row, folder: str) -> Video:
     """Raises: _RowError."""
     if not isinstance(row, dict):
-        raise _RowError(f"expected a JSON object, got {row!r:.200}")
+        kind = "a line that is not JSON" if isinstance(row, str) else type(row).__name__
+        raise _RowError(f"expected a JSON object, got {kind}")
     if None in row:  # where csv puts what it has no name for
         raise _RowError(f"expected {len(row) - 1} fields, as in the header, got more")
     video_id, uri = row.get("video_id"), row.get("uri")
     if not isinstance(video_id, str) or not isinstance(uri, str) or not uri:
-        raise _RowError(f"expected texts video_id and uri, got {row!r:.200}")
+        kinds = {str(name): type(value).__name__ for name, value in row.items()}  # no secrets
+        raise _RowError(f"expected texts video_id and uri, got {kinds!r:.200}")
     if problem := _wrong_id(video_id):
         raise _RowError(problem)
     if folder and "://" not in uri and not uri.startswith("/"):

@@ -62,7 +62,7 @@ class ProbeCache:
         self._store = store
         self._key = f"_plan/{safe_key(dataset)}/probes.parquet"
         self._lock = threading.Lock()
-        self._is_changed = False
+        self._is_loaded = self._is_changed = False
 
     def __enter__(self) -> ProbeCache:
         self._folder = tempfile.TemporaryDirectory(prefix="fourdh-probes-")
@@ -74,13 +74,6 @@ class ProbeCache:
         self._db.execute("PRAGMA journal_mode=OFF")
         self._db.execute("PRAGMA synchronous=OFF")
         self._db.executescript(_TABLES)
-        try:
-            self._load()
-        except FileNotFoundError:
-            pass
-        except (pa.ArrowException, ValueError, TypeError, OverflowError, sqlite3.Error) as error:
-            logger.warning("%s is damaged and made anew: %s", self._key, error)
-            self._db.executescript("DELETE FROM file; DELETE FROM header;")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,6 +97,7 @@ class ProbeCache:
             str(status.st_ino),  # may have 64 bits, SQLite's integers have 63
         )
         with self._lock:
+            self._load()
             row = self._db.execute(
                 "SELECT num_bytes, mtime_ns, ctime_ns, inode, fingerprint FROM file WHERE uri = ?",
                 (name,),
@@ -125,6 +119,7 @@ class ProbeCache:
     def header(self, fingerprint: str) -> Header | None:
         """What the header of a content is known to say; None where it was not asked yet."""
         with self._lock:
+            self._load()
             row = self._db.execute(
                 "SELECT num_frames, fps, width, height, problem FROM header WHERE fingerprint = ?",
                 (fingerprint,),
@@ -137,6 +132,7 @@ class ProbeCache:
     def add_header(self, fingerprint: str, header: Header) -> None:
         """Remember what a header says."""
         with self._lock:
+            self._load()
             self._is_changed = True
             self._db.execute(
                 "INSERT OR REPLACE INTO header VALUES (?, ?, ?, ?, ?, ?, 1)",
@@ -171,6 +167,19 @@ class ProbeCache:
             self._is_changed = False
 
     def _load(self) -> None:
+        """Read the object, where it was not yet: a corpus that tells all has no need of it."""
+        if self._is_loaded:
+            return
+        self._is_loaded = True
+        try:
+            self._read()
+        except FileNotFoundError:
+            pass
+        except (pa.ArrowException, ValueError, TypeError, OverflowError, sqlite3.Error) as error:
+            logger.warning("%s is damaged and made anew: %s", self._key, error)
+            self._db.executescript("DELETE FROM file; DELETE FROM header;")
+
+    def _read(self) -> None:
         with self._store.open_read(self._key) as file, pq.ParquetFile(file) as table:
             if not table.schema_arrow.equals(_SCHEMA):
                 raise ValueError(f"expected the columns {_SCHEMA.names}")

@@ -52,6 +52,7 @@ def read_headers(
     max_pixels: int = MAX_PIXELS,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+    maker: str = f"{__name__}:headers_of",
 ) -> Iterator[Header]:
     """What the header of each file says, in order; files that do not open say why.
 
@@ -60,12 +61,13 @@ def read_headers(
         max_pixels: larger pictures are a problem.
         stall_timeout_s: longest time that opening one file may take.
         memory_limit_bytes: address space of the child beyond what it starts with.
+        maker: what the child runs, see `run_isolated`.
     """
     done = 0
     while done < len(uris):
         rest = list(uris[done : done + _task_length(uris, done)])
         items = run_isolated(
-            f"{__name__}:headers_of",
+            maker,
             {"uris": rest, "max_pixels": max_pixels},
             video=redact_uri(rest[0]),
             stall_timeout_s=stall_timeout_s,

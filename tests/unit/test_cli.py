@@ -45,7 +45,9 @@ def test_plan_shows_the_shards_and_writes_nothing(tmp_path: Path) -> None:
         (tmp_path / "in" / f"{name}.mp4").write_bytes(name.encode())
     words = [f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "plan.videos_per_shard=2"]
     result = runner.invoke(app, ["plan", "--json", *words])
-    assert [shard["videos"] for shard in json.loads(result.output)] == [2, 1]
+    said = json.loads(result.output)
+    assert [shard["videos"] for shard in said["shards"]] == [2, 1]
+    assert (said["num_videos"], said["shards_todo"], said["changes"]) == (3, 2, {"new": 3})
     assert not (tmp_path / "out").exists()
 
 
