@@ -160,6 +160,8 @@ class PlanConfig:
             up to the other are read, seconds; 0: from the beginning, to the end.
         gpu_hour_cost: price of one GPU for an hour in any currency, for `fourdh plan`; 0: costs
             are not shown.
+        max_removed: share of the finished videos that may leave the tables in one run; a run
+            that would take out more is refused, for the input is more likely incomplete.
     """
 
     videos_per_shard: int = 200
@@ -171,6 +173,7 @@ class PlanConfig:
     list_start_s: float = 0.0
     list_end_s: float = 0.0
     gpu_hour_cost: float = 0.0
+    max_removed: float = 1.0
 
 
 @dataclass
@@ -190,10 +193,14 @@ class ClusterConfig:
             predictor; taken only where weights for them are given. 0: they run on a core.
         checkpoint_frames: a tracking process saves the state of a video every so many frames, so
             that after a death only frames behind it are done again.
-        units_per_actor: videos a model process works on at once, so that decoding one overlaps
-            with computing another.
-        chunks_ahead: chunks decoded ahead per video.
-        progress_timeout_s: a video without a finished chunk for so long is given up.
+        max_gpu_actors: on a cluster that grows: model processes to ask for although they do not
+            fit yet, so that its autoscaler brings nodes; 0: use what is there and what joins.
+        units_per_actor: units a model process works on at once, so that decoding one overlaps
+            with computing another. A unit is one long video, or some short ones of a shard.
+        videos_per_unit: short videos in a unit at most.
+        unit_mb: a unit of several videos holds at most so many MiB of files.
+        chunks_ahead: chunks decoded ahead per unit.
+        progress_timeout_s: a unit without a finished chunk for so long is given up.
         attempts: a video is quarantined after so many deaths or unknown errors.
     """
 
@@ -205,7 +212,10 @@ class ClusterConfig:
     trackers_per_actor: int = 1
     gpus_per_tracker: float = 0.1
     checkpoint_frames: int = 512
+    max_gpu_actors: int = 0
     units_per_actor: int = 2
+    videos_per_unit: int = 32
+    unit_mb: int = 64
     chunks_ahead: int = 2
     progress_timeout_s: float = 900.0
     attempts: int = 2
@@ -519,6 +529,20 @@ def _impossible(config: JobConfig) -> list[str]:
             "at least 1",
             cluster.units_per_actor,
         ),
+        (
+            "cluster.videos_per_unit",
+            cluster.videos_per_unit >= 1,
+            "at least 1",
+            cluster.videos_per_unit,
+        ),
+        ("cluster.unit_mb", cluster.unit_mb >= 1, "at least 1", cluster.unit_mb),
+        (
+            "cluster.max_gpu_actors",
+            cluster.max_gpu_actors >= 0,
+            "0 or more",
+            cluster.max_gpu_actors,
+        ),
+        ("plan.max_removed", 0 <= plan.max_removed <= 1, "0 to 1", plan.max_removed),
         ("cluster.chunks_ahead", cluster.chunks_ahead >= 1, "at least 1", cluster.chunks_ahead),
         (
             "cluster.progress_timeout_s",

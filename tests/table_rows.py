@@ -9,7 +9,7 @@ import numpy as np
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.manifest import CommitRecord
 from fourdh_batch.tables.schema import arrow_schema, make_table
-from fourdh_batch.tables.writer import VideoSpool, publish_shard
+from fourdh_batch.tables.writer import SavedSpool, WorkSpool, publish_shard
 
 
 def tracks_table(
@@ -77,25 +77,27 @@ def finished_spool(
     dataset: str = "ava",
     shard_id: str = "s1",
     part_bytes: int = 2**20,
-) -> VideoSpool:
+) -> SavedSpool:
     """A finished video with two people in every frame."""
-    spool = VideoSpool(store, shard_id, video_id, part_bytes=part_bytes)
+    spool = WorkSpool(store, shard_id, part_bytes=part_bytes)
+    spool.begin(video_id)
     for first in range(0, num_frames, step):
         spool.append("tracks", tracks_table(video_id, step, first=first, dataset=dataset))
     spool.append("videos", videos_table(video_id, dataset=dataset))
     spool.finish({"track_len": {"1": num_frames, "2": num_frames} if num_frames else {}})
-    return spool
+    spool.save()
+    return SavedSpool(store, shard_id, spool.name)
 
 
 def publish(
-    store: Store, videos: list[VideoSpool], dataset: str = "ava", *, shard_id: str = "s1"
+    store: Store, videos: list[SavedSpool], dataset: str = "ava", *, shard_id: str = "s1"
 ) -> CommitRecord:
     """Publish finished spools as one shard."""
     return publish_shard(
         store,
         shard_id=shard_id,
         dataset=dataset,
-        videos=videos,
+        videos={name: spool for spool in videos for name in spool.finished},
         fingerprint="f",
         config_fingerprint="c",
         model_fingerprint="m",

@@ -3,55 +3,132 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from fourdh_batch.config import VideoConfig
-from fourdh_batch.errors import VideoError
-from fourdh_batch.pipeline.plan import Video
+from fourdh_batch.errors import StorageError, VideoError
+from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.reading import read_chunks
 from fourdh_batch.types import DecodeSummary, FrameChunk
 
-
-class DecoderStarted:
-    """The first item of every decoder: from here on it must show progress."""
+_MIB = 1 << 20
 
 
-def decode_chunks(
-    video: Video, config: VideoConfig, start: int = 0
-) -> Iterator[DecoderStarted | FrameChunk | DecodeSummary | VideoError]:
-    """Chunks of one video from frame `start` on, then how it ended.
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Videos of a shard that one model process works through: one long one, or many short ones.
 
-    A typed error is handed out, not raised.
+    Attributes:
+        key: names the attempt.
+        shard: with the videos of the unit alone.
+        saved: spool that holds the state of the first video, "" where none does.
+        alone: nothing else runs beside it, and every step is waited for: somebody among them is
+            suspected of killing processes.
     """
-    yield DecoderStarted()
-    try:
-        yield from read_chunks(video, config, start=start)
-    except VideoError as error:
-        yield error
+
+    key: str
+    shard: Shard
+    saved: str = ""
+    alone: bool = False
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        return self.shard.videos
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The decoder begins with a video of its unit; from here on it must show progress."""
+
+    number: int
+
+
+Decoded = FrameChunk | DecodeSummary | VideoError | StorageError
+
+
+def decode_unit(
+    videos: Sequence[Video], config: VideoConfig, *, start: int = 0, gather: bool = True
+) -> Iterator[Opening | list[tuple[int, Decoded]]]:
+    """Chunks of the videos of a unit, one video after another, and how each ended.
+
+    Typed errors are handed out, not raised: the next video follows.
+
+    Args:
+        videos: of the unit.
+        config: how they are read.
+        start: frame of the first video that is wanted first.
+        gather: hand out chunks of short videos together, up to the size of one full chunk.
+    Yields:
+        `Opening` before each video; lists of (number of the video, what came of it).
+    """
+    batch: list[tuple[int, Decoded]] = []
+    num_frames = num_bytes = 0
+    for number, video in enumerate(videos):
+        yield Opening(number)
+        try:
+            for item in read_chunks(video, config, start=start if number == 0 else 0):
+                batch.append((number, item))
+                if isinstance(item, FrameChunk):
+                    num_frames += item.num_frames
+                    num_bytes += item.rgb.nbytes
+                is_full = num_frames >= config.chunk_frames
+                if is_full or num_bytes >= config.max_chunk_mb * _MIB or not gather:
+                    yield batch
+                    batch, num_frames, num_bytes = [], 0, 0
+        except (VideoError, StorageError) as error:
+            batch.append((number, error))
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """What a running unit last said.
+
+    Attributes:
+        opened: number of the video that its decoder began with last.
+        num_frames: that have gone through the models.
+        idle_s: since it last moved.
+    """
+
+    opened: int
+    num_frames: int
+    idle_s: float
 
 
 class JournalKeeper:
     """What is running and how far it is, as its processes last said."""
 
     def __init__(self) -> None:
-        self._units: dict[str, tuple[int, float]] = {}
+        self._units: dict[str, tuple[int, int, float]] = {}
+        self._num_frames = 0
 
-    def report(self, unit: str, num_frames: int) -> None:
-        """Called when the decoder of a unit starts (0 frames) and after every chunk."""
-        self._units[unit] = (num_frames, time.monotonic())
+    def report(self, unit: str, opened: int, num_frames: int) -> None:
+        """Called when the decoder of a unit begins with a video, and after every chunk."""
+        before = self._units.get(unit, (0, 0, 0.0))[1]
+        self._num_frames += max(0, num_frames - before)
+        self._units[unit] = (opened, num_frames, time.monotonic())
 
     def forget(self, unit: str) -> None:
         """Called by the scheduler when a unit has ended."""
         self._units.pop(unit, None)
 
-    def snapshot(self) -> dict[str, tuple[int, float]]:
-        """Per running unit: frames done, and seconds since it last moved."""
+    def snapshot(self) -> dict[str, JournalEntry]:
+        """Where the running units are."""
         now = time.monotonic()
-        return {unit: (frames, now - at) for unit, (frames, at) in self._units.items()}
+        return {
+            unit: JournalEntry(opened, num_frames, now - at)
+            for unit, (opened, num_frames, at) in self._units.items()
+        }
+
+    def num_frames(self) -> int:
+        """Frames that have gone through the models, also those of units that died."""
+        return self._num_frames
 
 
-decode_video: Any = ray.remote(num_returns="streaming", max_retries=0)(decode_chunks)
+decode_videos: Any = ray.remote(num_returns="streaming", max_retries=0)(decode_unit)
 Journal: Any = ray.remote(num_cpus=0)(JournalKeeper)

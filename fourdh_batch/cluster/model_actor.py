@@ -1,7 +1,7 @@
-"""The model processes of a job, and how a video goes through one.
+"""The model processes of a job, and how a unit of videos goes through one.
 
 A *lane* is one model actor with its tracker actors. The model actor starts the decoders of its
-videos itself, as streaming tasks in processes of their own, so a decoder that crashes or hangs
+units itself, as streaming tasks in processes of their own, so a decoder that crashes or hangs
 costs neither the models in memory nor the neighbours. Nothing here retries: whatever goes wrong
 travels to the scheduler (`cluster/run.py`), where all decisions are.
 """
@@ -10,24 +10,54 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from fourdh_batch.cluster.decoding import DecoderStarted, decode_video
+from fourdh_batch.cluster.decoding import Decoded, Opening, Unit, decode_videos
+from fourdh_batch.cluster.metrics import ModelMetrics
+from fourdh_batch.cluster.tracker_actor import Dropped, Event
 from fourdh_batch.config import JobConfig
-from fourdh_batch.errors import DecodeStalledError, FourdhError, VideoError, WorkerDiedError
+from fourdh_batch.errors import (
+    DecodeStalledError,
+    FourdhError,
+    StorageError,
+    VideoError,
+    WorkerDiedError,
+)
 from fourdh_batch.pipeline.engine import Engine, build_engine
-from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.records import ChunkResult
 from fourdh_batch.pipeline.shard import VideoOutcome
-from fourdh_batch.types import DecodeSummary, FrameChunk
+from fourdh_batch.types import FrameChunk
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitResult:
+    """How a unit ended.
+
+    Attributes:
+        outcomes: of the videos that are finished.
+        unread: by id, why the store did not hand out the others.
+    """
+
+    outcomes: list[VideoOutcome]
+    unread: dict[str, StorageError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlace:
+    """Where a model process has started."""
+
+    node_id: str
+    device: str
 
 
 class SharedEngine:
@@ -35,24 +65,39 @@ class SharedEngine:
 
     Whoever gets the lock first computes all chunks that wait; a chunk's result does not depend
     on its companions.
+
+    Args:
+        engine: the models.
+        on_busy: told the seconds of every call of them.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: Engine, on_busy: Callable[[float], None] = lambda seconds: None
+    ) -> None:
         self._engine = engine
+        self._on_busy = on_busy
         self._lock = threading.Lock()
         self._waiting: deque[tuple[FrameChunk, Future[ChunkResult]]] = deque()
 
-    def run(self, chunk: FrameChunk) -> ChunkResult:
-        """The result of one chunk; raises what the models raised for it."""
-        ticket: Future[ChunkResult] = Future()
-        self._waiting.append((chunk, ticket))
+    def run(self, chunks: Sequence[FrameChunk]) -> list[ChunkResult | VideoError]:
+        """Results in the order of the chunks; other errors of the models are raised."""
+        tickets: list[Future[ChunkResult]] = [Future() for _ in chunks]
+        self._waiting.extend(zip(chunks, tickets, strict=True))
         with self._lock:
-            if not ticket.done():
+            if not all(ticket.done() for ticket in tickets):
                 batch = []
                 while self._waiting:
                     batch.append(self._waiting.popleft())
+                start = time.perf_counter()
                 self._compute(batch)
-        return ticket.result()
+                self._on_busy(time.perf_counter() - start)
+        results: list[ChunkResult | VideoError] = []
+        for ticket in tickets:
+            try:
+                results.append(ticket.result())
+            except VideoError as error:
+                results.append(error)
+        return results
 
     def _compute(self, batch: Sequence[tuple[FrameChunk, Future[ChunkResult]]]) -> None:
         try:
@@ -69,73 +114,106 @@ class SharedEngine:
 
 
 class ModelWorker:
-    """Holds the models of one GPU (or of some cores) and works on a few videos at once."""
+    """Holds the models of one GPU (or of some cores) and works on a few units at once."""
 
     def __init__(self, config: JobConfig) -> None:
         self._config = config
+        self._metrics = ModelMetrics(config.dataset)
         self._engine: SharedEngine | Exception
         try:
-            self._engine = SharedEngine(build_engine(config))
+            self._engine = SharedEngine(build_engine(config), self._metrics.busy)
         except Exception as error:  # noqa: BLE001
             # Raised by the first call instead: an error of a constructor loses its type in Ray.
             self._engine = error
 
-    def process(
-        self, shard: Shard, video: Video, unit: str, tracker: Any, journal: Any
-    ) -> VideoOutcome:
-        """One video from file to finished rows.
+    def ready(self) -> ModelPlace:
+        """Where the models are, once they are loaded; raises what loading them raised."""
+        if isinstance(self._engine, Exception):
+            raise self._engine
+        return ModelPlace(ray.get_runtime_context().get_node_id(), device_name())
+
+    def process(self, unit: Unit, tracker: Any, journal: Any) -> UnitResult:
+        """A unit from its files to finished rows.
 
         Raises:
-            WorkerDiedError, DecodeStalledError: its decoder died or hung.
+            WorkerDiedError, DecodeStalledError: its decoder died or hung; names the video.
             RayError: its tracker died.
             FourdhError: what the models or the store raised.
         """
-        if isinstance(self._engine, Exception):
-            raise self._engine
+        assert not isinstance(self._engine, Exception)
+        ahead = 0 if unit.alone else self._config.cluster.chunks_ahead
         unacknowledged: deque[Any] = deque()
-        summary: DecodeSummary | None = None
+        ended: dict[int, StorageError | None] = {}
+        opened = -1
         try:
-            start: int = ray.get(tracker.begin.remote(unit, shard, video))
-            num_frames = start
-            for item in self._decode(video, start):
-                if isinstance(item, DecoderStarted):
-                    journal.report.remote(unit, num_frames)
+            num_frames = start = ray.get(tracker.begin.remote(unit))
+            for item in self._decode(unit, start):
+                if isinstance(item, Opening):
+                    opened = item.number
+                    journal.report.remote(unit.key, opened, num_frames)
                     continue
-                if isinstance(item, VideoError):
-                    return ray.get(tracker.fail.remote(unit, item))  # type: ignore[no-any-return]
-                if isinstance(item, DecodeSummary):
-                    summary = item
-                    break
-                try:
-                    result = self._engine.run(item)
-                except VideoError as error:  # e.g. impossible given boxes
-                    return ray.get(tracker.fail.remote(unit, error))  # type: ignore[no-any-return]
-                num_frames += item.num_frames
-                unacknowledged.append(tracker.add.remote(unit, result))
-                if len(unacknowledged) > self._config.cluster.chunks_ahead:
+                waited = time.perf_counter()
+                events, frames = self._reconstruct(self._engine, item, ended)
+                num_frames += frames
+                if events:
+                    unacknowledged.append(tracker.work.remote(unit.key, events))
+                while len(unacknowledged) > ahead:
                     ray.get(unacknowledged.popleft())
-                journal.report.remote(unit, num_frames)
+                journal.report.remote(unit.key, opened, num_frames)
+                self._metrics.chunk(frames, events, time.perf_counter() - waited)
+                if len(ended) == len(unit.videos):
+                    break
             ray.get(list(unacknowledged))
-            if summary is None:
+            if len(ended) < len(unit.videos):
                 raise WorkerDiedError(
-                    "the decoder ended without saying how", video=video.video_id, stage="decode"
+                    "the decoder ended without saying how",
+                    video=unit.videos[max(opened, 0)].video_id,
+                    stage="decode",
                 )
-            return ray.get(tracker.finish.remote(unit, summary))  # type: ignore[no-any-return]
+            unread = {unit.videos[n].video_id: error for n, error in ended.items() if error}
+            return UnitResult(ray.get(tracker.close.remote(unit.key)), unread)
         except RayTaskError as error:
             # An error of the tracker's own code arrives wrapped; the scheduler wants its kind.
             if isinstance(error.cause, FourdhError):
                 raise error.cause from error
             raise
 
-    def _decode(
-        self, video: Video, start: int
-    ) -> Iterator[DecoderStarted | FrameChunk | DecodeSummary | VideoError]:
+    def _reconstruct(
+        self,
+        engine: SharedEngine,
+        items: Sequence[tuple[int, Decoded]],
+        ended: dict[int, StorageError | None],
+    ) -> tuple[list[Event], int]:
+        """What the tracker is to be told of these items, and how many frames they had."""
+        chunks = [item for n, item in items if isinstance(item, FrameChunk) and n not in ended]
+        results = iter(engine.run(chunks))
+        events: list[Event] = []
+        for number, item in items:
+            if number in ended:  # an error of the models came before
+                if isinstance(item, FrameChunk):
+                    next(results, None)
+                continue
+            event: Event
+            if isinstance(item, FrameChunk):
+                event = next(results)
+            elif isinstance(item, StorageError):
+                event = Dropped()
+            else:
+                event = item
+            if not isinstance(event, ChunkResult):
+                ended[number] = item if isinstance(item, StorageError) else None
+            events.append(event)
+        return events, sum(chunk.num_frames for chunk in chunks)
+
+    def _decode(self, unit: Unit, start: int) -> Iterator[Opening | list[tuple[int, Decoded]]]:
         config = self._config
-        stream = decode_video.options(
+        # Half of what a decoder of short videos hands out are small notes.
+        depth = config.cluster.chunks_ahead * (1 if len(unit.videos) == 1 else 2)
+        stream = decode_videos.options(
             num_cpus=config.cluster.cpus_per_decoder,
-            _generator_backpressure_num_objects=config.cluster.chunks_ahead,
-        ).remote(video, config.video, start)
-        num_frames = start
+            _generator_backpressure_num_objects=depth,
+        ).remote(unit.videos, config.video, start=start, gather=not unit.alone)
+        opened = reached = 0
         timeout_s: float | None = None  # waiting for a free core is nobody's fault
         try:
             while True:
@@ -143,8 +221,8 @@ class ModelWorker:
                 if not ready:
                     raise DecodeStalledError(
                         f"no frames for {config.video.stall_timeout_s:g} s",
-                        video=video.video_id,
-                        frame_index=num_frames,
+                        video=unit.videos[opened].video_id,
+                        frame_index=reached,
                         stage="decode",
                     )
                 try:
@@ -156,17 +234,26 @@ class ModelWorker:
                 except RayError as error:
                     raise WorkerDiedError(
                         f"the decoder died: {type(error).__name__}: {error}",
-                        video=video.video_id,
-                        frame_index=num_frames,
+                        video=unit.videos[opened].video_id,
+                        frame_index=reached,
                         stage="decode",
                     ) from error
-                if isinstance(item, DecoderStarted):
+                if isinstance(item, Opening):
+                    opened, reached = item.number, start if item.number == 0 else 0
                     timeout_s = config.video.stall_timeout_s
-                if isinstance(item, FrameChunk):
-                    num_frames += item.num_frames
+                else:
+                    chunks = [c for n, c in item if n == opened and isinstance(c, FrameChunk)]
+                    reached = int(chunks[-1].frame_index[-1]) + 1 if chunks else reached
                 yield item
         finally:
             ray.cancel(stream, force=True)
+
+
+def device_name() -> str:
+    """The GPU of this process by its name, else `cpu`."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 ModelActor: Any = ray.remote(max_restarts=0, max_task_retries=0)(ModelWorker)

@@ -1,16 +1,16 @@
 """The scheduler: what runs where, what happens when something dies, what is published when.
 
-All decisions of a job are here. Retries are ours, not Ray's: a unit (one video) is idempotent, so
-it may run again anywhere. Who is to blame for a death:
+All decisions of a job are here. Retries are ours, not Ray's: a unit (one long video, or some short
+ones of a shard) is idempotent, so it may run again anywhere. Who is to blame for a death:
 
-- infrastructure (a node is gone, an actor is unreachable, the unit had not begun): run again, free;
-- the unit was running when its model actor, tracker or decoder died, or it stopped moving: it is a
-  suspect and runs again *alone*; if it dies alone it is quarantined with the evidence;
+- infrastructure (a node is gone, an actor is unreachable, the unit had not begun): again, free;
+- a video was being worked on when its model actor, tracker or decoder died, or it stopped moving:
+  it is a suspect and runs again *alone*; if it dies alone it is quarantined with the evidence;
 - an unexpected error of our own code: again once, then quarantine;
 - storage: again, then the shard fails and the job goes on;
 - wrong settings, weights or schema: the job stops.
 
-Whether a unit was running is read from the journal, not guessed from the order of errors, and
+Which video was being worked on is read from the journal, not guessed from the order of errors, and
 finished rows are looked for before anything is redone.
 """
 
@@ -22,10 +22,10 @@ import os
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -37,9 +37,11 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fourdh_batch.cluster.decoding import Journal
-from fourdh_batch.cluster.model_actor import ModelActor
+from fourdh_batch.cluster.decoding import Journal, JournalEntry, Unit
+from fourdh_batch.cluster.metrics import SchedulerMetrics
+from fourdh_batch.cluster.model_actor import ModelActor, ModelPlace, UnitResult
 from fourdh_batch.cluster.tracker_actor import TrackerActor, publish_shard_task
 from fourdh_batch.config import JobConfig, require
 from fourdh_batch.errors import (
@@ -64,21 +66,25 @@ from fourdh_batch.pipeline.plan import Shard, Video, read_corpus
 from fourdh_batch.pipeline.records import ModelCard
 from fourdh_batch.pipeline.shard import (
     QUARANTINED,
+    SavedWork,
     ShardReport,
     VideoOutcome,
-    finished_outcome,
     record_failure,
 )
-from fourdh_batch.tables.writer import VideoSpool
+from fourdh_batch.storage import safe_key
+from fourdh_batch.tables.writer import WORK
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+LOOK_AROUND_S = 1.0  # between two looks at what stalls, what is lacking, what has joined
 STARVING_S = 60.0  # without a running unit for so long, say what is lacking
 FREE_RETRIES = 3  # then even an innocent-looking unit is a suspect
 MAX_DEATHS_WITHOUT_WORK = 3
 MAX_UNEXPECTED_ERRORS_IN_A_ROW = 5
+CLOSE_TIMEOUT_S = 60.0  # for a tracker to save what is finished of a unit that died elsewhere
 NODE_DIED = "its node has died"  # Ray's words in an ActorDiedError; pinned by a test
+_MIB = 1 << 20
 
 
 class Blame(Enum):
@@ -116,18 +122,14 @@ def blame(error: BaseException, *, had_begun: bool) -> Blame:
     return Blame.CODE
 
 
-@dataclass(slots=True)
-class _Unit:
-    shard: Shard
-    video: Video
-    attempts: int = 0
-    free_retries: int = 0
-    alone: bool = False
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """Videos of a shard that wait for a model process."""
 
-    @property
-    def key(self) -> str:
-        turn = self.attempts + self.free_retries
-        return f"{self.shard.shard_id}/{self.video.video_id}#{turn}"
+    shard: Shard  # with these videos alone
+    saved: str = ""
+    alone: bool = False
+    free_retries: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -135,12 +137,26 @@ class _Lane:
     """A model actor, its trackers and what they work on."""
 
     model: Any
-    trackers: list[Any]
-    running: dict[Any, tuple[_Unit, int]] = field(default_factory=dict)  # ref -> unit, tracker
+    starting: Any  # ref of `ModelWorker.ready`, None once it is
+    trackers: list[Any] = field(default_factory=list)
+    node_id: str = ""
+    since: float = 0.0
+    running: dict[Any, _Running] = field(default_factory=dict)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.starting is None
 
     @property
     def is_reserved(self) -> bool:
-        return any(unit.alone for unit, _ in self.running.values())
+        return any(running.pending.alone for running in self.running.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    pending: _Pending
+    unit: Unit
+    tracker: int
 
 
 def run_job(config: JobConfig, *, on_progress: OnProgress = lambda progress: None) -> RunReport:
@@ -168,49 +184,153 @@ class _Scheduler:
         self._config = config
         self._card = card
         self._ledger = ledger
-        self._journal = Journal.remote()
+        # What it says is lost with its node, so it stays where this process is.
+        here = ray.get_runtime_context().get_node_id()
+        self._journal = Journal.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
+        ).remote()
+        self._metrics = SchedulerMetrics(config.dataset)
         self._lanes: list[_Lane] = []
-        self._queue: deque[_Unit] = deque()
+        self._queue: deque[_Pending] = deque()
         self._publishing: dict[Any, tuple[Shard, list[VideoOutcome], int]] = {}
+        self._attempts: Counter[tuple[str, str]] = Counter()
+        self._num_units = 0
+        self._has_more = True
+        self._in_progress = {key.split("/")[1] for key, _ in ledger.store.list(WORK)}
         self._deaths_without_work = 0
-        self._unexpected: set[str] = set()  # videos that met an error of our own code
+        self._unexpected: set[tuple[str, str]] = set()  # videos that met an error of our own code
+        self._looked_around = -math.inf
         self._last_seen_running = time.monotonic()
+        self._wanted_lanes = 1
+        self._said_room: int | None = None
 
     def run(self) -> None:
-        units = [_Unit(shard, video) for shard in self._ledger.shards for video in shard.videos]
-        self._queue.extend(units)
-        # What an interrupted run has finished needs no model at all.
-        for unit in units:
-            if outcome := self._finished(unit):
-                self._queue.remove(unit)
-                self._done(unit, outcome)
-        num_lanes = min(self._num_lanes(), max(1, len(self._queue)))
-        while self._queue or self._publishing or any(lane.running for lane in self._lanes):
-            while self._queue and len(self._lanes) < num_lanes:
-                self._lanes.append(self._start_lane())
-            self._dispatch()
-            self._collect()
-            self._give_up_stalled()
-            self._say_what_is_lacking()
-            self._ledger.tick(self._frames_running)
-        self._ledger.close()
-        for lane in self._lanes:
-            self._kill(lane)
+        try:
+            while True:
+                self._look_around()
+                self._take_shards()
+                if not (self._queue or self._publishing or self._is_running):
+                    break
+                self._start_lanes()
+                self._dispatch()
+                self._collect()
+                self._ledger.tick(self._frames_running)
+            self._ledger.close()
+        finally:
+            self._ledger.report.frames_run = ray.get(self._journal.num_frames.remote())
+            for lane in list(self._lanes):
+                self._remove(lane)
+
+    @property
+    def _is_running(self) -> bool:
+        return any(lane.running for lane in self._lanes)
+
+    # --- what there is to do -------------------------------------------------------------------
+
+    def _take_shards(self) -> None:
+        """Keep the queue long enough for all model processes; the rest stays in the plan."""
+        places = self._wanted_lanes * self._config.cluster.units_per_actor
+        while self._has_more and len(self._queue) <= places:
+            work = self._ledger.next_shard()
+            if work is None:
+                self._has_more = False
+                return
+            shard = work.shard
+            todo = replace(
+                shard, videos=tuple(v for v in shard.videos if v.video_id not in work.keep)
+            )
+            if not todo.videos:  # only what the corpus says of them, or others are gone
+                self._publish(shard, [], attempt=1)
+            elif safe_key(shard.shard_id) in self._in_progress:
+                self._enqueue(*self._take_over(todo))
+            else:
+                self._enqueue(todo)
+
+    def _take_over(self, shard: Shard) -> tuple[Shard, SavedWork]:
+        """Take over what earlier attempts finished of these videos; the others, what they saved."""
+        saved = SavedWork(self._ledger.store, shard, self._card)
+        for outcome in saved.outcomes.values():
+            self._done(shard, outcome)
+        left = tuple(v for v in shard.videos if v.video_id not in saved.outcomes)
+        return replace(shard, videos=left), saved
+
+    def _enqueue(
+        self,
+        shard: Shard,
+        saved: SavedWork | None = None,
+        *,
+        alone: bool = False,
+        free_retries: int = 0,
+    ) -> None:
+        """Cut videos of a shard into units: those with a saved state each its own."""
+        group: list[Video] = []
+        num_bytes = 0
+        cluster = self._config.cluster
+        # Towards the end units get smaller, so that nobody waits long for the last one.
+        places = 2 * self._wanted_lanes * cluster.units_per_actor
+        most = min(cluster.videos_per_unit, max(1, self._ledger.num_videos_left // places))
+
+        def close() -> None:
+            nonlocal num_bytes
+            if group:
+                part = replace(shard, videos=tuple(group))
+                self._queue.append(_Pending(part, alone=alone, free_retries=free_retries))
+                group.clear()
+                num_bytes = 0
+
+        for video in shard.videos:
+            if name := saved.unfinished.get(video.video_id) if saved else None:
+                part = replace(shard, videos=(video,))
+                self._queue.append(_Pending(part, name, alone, free_retries))
+                continue
+            heavy = num_bytes + video.num_bytes > cluster.unit_mb * _MIB
+            if group and (heavy or len(group) >= most):
+                close()
+            group.append(video)
+            num_bytes += video.num_bytes
+        close()
+
+    # --- model processes -----------------------------------------------------------------------
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_around < LOOK_AROUND_S:
+            return
+        self._looked_around = now
+        journal = ray.get(self._journal.snapshot.remote())
+        self._give_up_stalled(journal)
+        self._say_what_is_lacking(journal)
+        self._wanted_lanes = self._num_lanes()
+        self._release_idle()
+        self._metrics.show(
+            units_queued=len(self._queue),
+            units_running=sum(len(lane.running) for lane in self._lanes),
+            models_ready=sum(lane.is_ready for lane in self._lanes),
+            models_starting=sum(not lane.is_ready for lane in self._lanes),
+            shards_publishing=len(self._publishing),
+            videos_left=self._ledger.num_videos_left,
+        )
 
     def _frames_running(self) -> int:
-        return sum(frames for frames, _ in ray.get(self._journal.snapshot.remote()).values())
+        return sum(entry.num_frames for entry in ray.get(self._journal.snapshot.remote()).values())
 
     def _num_lanes(self) -> int:
-        """As many as asked for, or one per GPU; but every lane needs cores for a decoder too."""
+        """As many as asked for, or one per GPU; but every lane needs cores for a decoder too.
+
+        With `cluster.max_gpu_actors` also more than fit: they wait, and the autoscaler sees it.
+        """
         cluster = self._config.cluster
         resources = ray.cluster_resources()
         share = cluster.gpus_per_actor + cluster.trackers_per_actor * self._tracker_share()
         gpus = resources.get("GPU", 0)
         fitting = int(gpus) * int(1 / share + 1e-9) if share <= 1 else int(gpus / share)
         wanted = cluster.gpu_actors or max(1, fitting)
+        if cluster.max_gpu_actors:
+            return max(wanted, cluster.max_gpu_actors)
         cpus = resources.get("CPU", 0)
         room = max(1, int(cpus / (cluster.cpus_per_actor + cluster.cpus_per_decoder)))
-        if room < wanted:
+        if room < wanted and room != self._said_room:
+            self._said_room = room
             logger.warning(
                 "%d model processes instead of %d: each needs %g CPUs and %g for a decoder, "
                 "the cluster has %g",
@@ -222,19 +342,24 @@ class _Scheduler:
             )
         return min(room, wanted)
 
-    def _start_lane(self) -> _Lane:
+    def _start_lanes(self) -> None:
+        needed = min(self._wanted_lanes, len(self._queue) + sum(map(_is_busy, self._lanes)))
         cluster = self._config.cluster
-        model = ModelActor.options(
-            num_cpus=cluster.cpus_per_actor,
-            num_gpus=cluster.gpus_per_actor if self._wants_gpu() else 0,
-            max_concurrency=cluster.units_per_actor + 1,
-        ).remote(self._config)
-        trackers = [self._start_tracker() for _ in range(cluster.trackers_per_actor)]
-        return _Lane(model, trackers)
+        while self._queue and len(self._lanes) < needed:
+            model = ModelActor.options(
+                num_cpus=cluster.cpus_per_actor,
+                num_gpus=cluster.gpus_per_actor if self._wants_gpu() else 0,
+                max_concurrency=cluster.units_per_actor + 1,
+            ).remote(self._config)
+            self._lanes.append(_Lane(model, model.ready.remote()))
 
-    def _start_tracker(self) -> Any:
-        share = self._tracker_share()
-        return TrackerActor.options(num_cpus=0, num_gpus=share).remote(self._config, self._card)
+    def _start_tracker(self, node_id: str) -> Any:
+        """Beside its model process where there is room, for what it is handed is large."""
+        return TrackerActor.options(
+            num_cpus=0,
+            num_gpus=self._tracker_share(),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
+        ).remote(self._config, self._card)
 
     def _tracker_share(self) -> float:
         """What a tracking process takes of a GPU: nothing without a network to run on it."""
@@ -243,138 +368,217 @@ class _Scheduler:
         return self._config.cluster.gpus_per_tracker if has_networks and wants_gpu else 0.0
 
     def _wants_gpu(self) -> bool:
-        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-        return has_gpu and not self._config.hmr.device.startswith("cpu")
+        if self._config.hmr.device.startswith("cpu"):
+            return False
+        return ray.cluster_resources().get("GPU", 0) > 0 or self._config.hmr.device != "auto"
+
+    def _release_idle(self) -> None:
+        """Let processes go for which nothing is left, so that their nodes can go, too."""
+        if self._has_more or self._queue:
+            return
+        idle = [lane for lane in self._lanes if not lane.running]
+        for lane in idle[: len(self._lanes) - 1]:
+            self._remove(lane)
+
+    # --- units ---------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
         """Feed idle places; suspects wait for an empty lane."""
-        suspects = any(unit.alone for unit in self._queue)
-        for number, lane in enumerate(self._lanes):
+        suspects = any(pending.alone for pending in self._queue)
+        lanes = [lane for lane in self._lanes if lane.is_ready]
+        for number, lane in enumerate(lanes):
             while self._queue and not lane.is_reserved:
                 if suspects and number == 0 and lane.running:
                     break  # this lane drains, so that a suspect gets it alone
                 if len(lane.running) >= self._config.cluster.units_per_actor:
                     break
-                unit = next((u for u in self._queue if u.alone is not bool(lane.running)), None)
-                if unit is None and not lane.running:
-                    unit = self._queue[0]
-                if unit is None:
+                fits = (p for p in self._queue if p.alone is not bool(lane.running))
+                pending = next(fits, None)
+                if pending is None and not lane.running:
+                    pending = self._queue[0]
+                if pending is None:
                     break
-                self._queue.remove(unit)
-                load = [0] * len(lane.trackers)
-                for _, index in lane.running.values():
-                    load[index] += 1
-                index = load.index(min(load))
-                tracker = lane.trackers[index]
-                ref = lane.model.process.remote(
-                    unit.shard, unit.video, unit.key, tracker, self._journal
-                )
-                lane.running[ref] = (unit, index)
+                self._queue.remove(pending)
+                self._start_unit(lane, pending)
+
+    def _start_unit(self, lane: _Lane, pending: _Pending) -> None:
+        load = [0] * len(lane.trackers)
+        for running in lane.running.values():
+            load[running.tracker] += 1
+        index = load.index(min(load))
+        self._num_units += 1
+        key = f"{pending.shard.shard_id}/{pending.shard.videos[0].video_id}#{self._num_units}"
+        unit = Unit(key, pending.shard, pending.saved, pending.alone)
+        ref = lane.model.process.remote(unit, lane.trackers[index], self._journal)
+        lane.running[ref] = _Running(pending, unit, index)
 
     def _collect(self) -> None:
-        refs = [ref for lane in self._lanes for ref in lane.running] + list(self._publishing)
+        lane_of = {ref: lane for lane in self._lanes for ref in lane.running}
+        starting = {lane.starting: lane for lane in self._lanes if not lane.is_ready}
+        refs = [*lane_of, *starting, *self._publishing]
         if not refs:
             return
-        ready, _ = ray.wait(refs, timeout=POLL_S)
+        ready, rest = ray.wait(refs, timeout=POLL_S)
+        if rest:
+            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         for ref in ready:
             if ref in self._publishing:
                 self._collect_published(ref)
-            else:
-                self._collect_unit(ref)
+            elif ref in starting:
+                self._collect_started(starting[ref])
+            elif ref in lane_of[ref].running:  # else its lane has ended meanwhile
+                self._collect_unit(lane_of[ref], ref)
 
-    def _collect_unit(self, ref: Any) -> None:
-        lane = next(lane for lane in self._lanes if ref in lane.running)
-        unit, index = lane.running.pop(ref)
+    def _collect_started(self, lane: _Lane) -> None:
+        if lane not in self._lanes:
+            return
         try:
-            outcome: VideoOutcome = ray.get(ref)
+            place: ModelPlace = ray.get(lane.starting)
+        except Exception as error:
+            self._remove(lane)
+            if blame(error, had_begun=True) is Blame.STOP:
+                raise _cause(error) from error
+            if blame(error, had_begun=False) is not Blame.NOBODY:
+                raise
+            logger.warning("a model process did not start: %s", str(error).splitlines()[0])
+            self._count_death(error)
+            return
+        lane.starting, lane.node_id, lane.since = None, place.node_id, time.monotonic()
+        self._ledger.report.device = place.device
+        lane.trackers = [
+            self._start_tracker(place.node_id)
+            for _ in range(self._config.cluster.trackers_per_actor)
+        ]
+
+    def _collect_unit(self, lane: _Lane, ref: Any) -> None:
+        running = lane.running.pop(ref)
+        try:
+            result: UnitResult = ray.get(ref)
         except Exception as error:  # noqa: BLE001 - every kind is sorted by `blame`
             if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
                 # The model process is gone, and with it all that it was working on.
-                lane.running[ref] = (unit, index)
-                self._end_lane(lane, {u.key: error for u, _ in lane.running.values()})
+                lane.running[ref] = running
+                self._end_lane(lane, dict.fromkeys(_units(lane), error))
                 self._count_death(error)
                 return
-            had_begun = unit.key in ray.get(self._journal.snapshot.remote())
-            self._journal.forget.remote(unit.key)
+            opened = self._end_unit(lane, running)
             if isinstance(_cause(error), RayActorError):  # raised inside: the tracker is gone
-                lane.trackers[index] = self._start_tracker()
-            else:
-                lane.trackers[index].drop.remote(unit.key)
-            if blame(error, had_begun=had_begun) is Blame.CODE:
+                lane.trackers[running.tracker] = self._start_tracker(lane.node_id)
+            if blame(error, had_begun=opened is not None) is Blame.CODE:
                 # Perhaps it is this process that is broken: the next attempt gets a new one.
                 self._end_lane(lane, {})
-            self._judge(unit, error, had_begun)
+            self._judge(running.pending, error, opened)
             return
-        self._journal.forget.remote(unit.key)
+        self._journal.forget.remote(running.unit.key)
         self._deaths_without_work = 0
         self._unexpected.clear()
-        self._done(unit, outcome)
+        shard = running.unit.shard
+        for outcome in result.outcomes:
+            self._done(shard, outcome)
+        if result.unread:
+            videos = tuple(v for v in shard.videos if v.video_id in result.unread)
+            again = _Pending(replace(shard, videos=videos), alone=running.pending.alone)
+            self._judge(again, next(iter(result.unread.values())), opened=0)
 
-    def _judge(self, unit: _Unit, error: Exception, had_begun: bool) -> None:
-        if outcome := self._finished(unit):  # a death can swallow the last reply
-            self._done(unit, outcome)
+    def _end_unit(self, lane: _Lane, running: _Running) -> int | None:
+        """A unit died: its tracker, if there, saves what is finished.
+
+        Returns:
+            Number of the video that its decoder had begun with last, None where it had not begun.
+        """
+        with suppress(RayError, FourdhError, OSError):
+            tracker = lane.trackers[running.tracker]
+            ray.get(tracker.close.remote(running.unit.key), timeout=CLOSE_TIMEOUT_S)
+        entry = ray.get(self._journal.snapshot.remote()).get(running.unit.key)
+        self._journal.forget.remote(running.unit.key)
+        return None if entry is None else entry.opened
+
+    def _judge(self, pending: _Pending, error: Exception, opened: int | None) -> None:
+        """A unit has ended with an error: what of it is finished, who is to blame, what now."""
+        if self._ledger.has_failed(pending.shard):
             return
-        verdict = blame(error, had_begun=had_begun)
+        rest, saved = self._take_over(pending.shard)
+        left = rest.videos
+        if not left:
+            return
+        cause = _cause(error)
+        verdict = blame(error, had_begun=opened is not None)
+        free_retries = pending.free_retries
         if verdict is Blame.NOBODY:
-            unit.free_retries += 1
-            if had_begun and unit.free_retries > FREE_RETRIES:
+            free_retries += 1
+            if opened is not None and free_retries > FREE_RETRIES:
                 verdict = Blame.SUSPECT
+        culprits = _culprits(pending, left, cause, opened, verdict)
+        self._metrics.retry(verdict.value)
+        text = str(cause).strip().splitlines()
         logger.warning(
-            "shard %s, video %s: attempt %d ended with %s (%s): %s",
-            unit.shard.shard_id,
-            unit.video.video_id,
-            unit.attempts + 1,
-            type(_cause(error)).__name__,
+            "shard %s, video %s%s: ended with %s (%s): %s",
+            pending.shard.shard_id,
+            (culprits or left)[0].video_id,
+            f" and {len(culprits or left) - 1} others" if len(culprits or left) > 1 else "",
+            type(cause).__name__,
             verdict.value,
-            str(_cause(error)).strip().splitlines()[0] if str(_cause(error)).strip() else "",
+            text[0] if text else "",
         )
         if verdict is Blame.STOP:
-            raise _cause(error)
-        if verdict is not Blame.NOBODY:
-            unit.attempts += 1
+            raise cause
+        shard_id = pending.shard.shard_id
+        for video in culprits:
+            self._attempts[shard_id, video.video_id] += 1
         if verdict is Blame.CODE:
-            self._unexpected.add(f"{unit.shard.shard_id}/{unit.video.video_id}")
+            self._unexpected.add((shard_id, culprits[0].video_id))
             if len(self._unexpected) >= MAX_UNEXPECTED_ERRORS_IN_A_ROW:
                 raise FourdhError(
                     f"stopped: {len(self._unexpected)} videos in a row met an unexpected "
                     f"error; the last one was\n{error}"
                 ) from error
-        if verdict is Blame.STORAGE and unit.attempts >= STORAGE_ATTEMPTS:
-            self._fail_shard(unit.shard, str(_cause(error)))
-            return
-        dangerous = verdict is Blame.CODE or (verdict is Blame.SUSPECT and unit.alone)
-        if dangerous and unit.attempts >= self._config.cluster.attempts:
-            self._done(unit, self._quarantine(unit, _cause(error)))
-            return
-        unit.alone = unit.alone or verdict is Blame.SUSPECT
-        self._queue.append(unit)
+        if verdict is Blame.STORAGE:
+            if any(self._attempts[shard_id, v.video_id] >= STORAGE_ATTEMPTS for v in culprits):
+                self._fail_shard(pending.shard, str(cause))
+                return
+            culprits = []  # nobody's fault: again as they are
+        # Alone, or alone in its unit, it is known whose fault it was.
+        known = pending.alone or (verdict is Blame.CODE and len(pending.shard.videos) == 1)
+        again = []
+        for video in culprits:
+            if known and self._attempts[shard_id, video.video_id] >= self._config.cluster.attempts:
+                self._done(pending.shard, self._quarantine(pending.shard, video, cause))
+            else:
+                again.append(video)
+        others = [v for v in left if v not in culprits]
+        if pending.alone:  # the others remain suspects
+            again, others = again + others, []
+        for videos, alone in ((again, True), (others, False)):
+            part = replace(pending.shard, videos=tuple(videos))
+            self._enqueue(part, saved, alone=alone, free_retries=free_retries)
 
-    def _quarantine(self, unit: _Unit, cause: BaseException) -> VideoOutcome:
+    def _quarantine(self, shard: Shard, video: Video, cause: BaseException) -> VideoOutcome:
         if not isinstance(cause, VideoError):
             text = f"{type(cause).__name__}: {cause}"
-            cause = WorkerDiedError(text[:2000], video=unit.video.video_id, stage="reconstruct")
+            cause = WorkerDiedError(text[:2000], video=video.video_id, stage="reconstruct")
         return record_failure(
             self._ledger.store,
             self._config,
             self._card,
-            unit.shard,
-            unit.video,
+            shard,
+            video,
             cause,
             status=QUARANTINED,
-            attempts=unit.attempts,
+            attempts=self._attempts[shard.shard_id, video.video_id],
         )
 
-    def _finished(self, unit: _Unit) -> VideoOutcome | None:
-        spool = VideoSpool(self._ledger.store, unit.shard.shard_id, unit.video.video_id)
-        return finished_outcome(spool, unit.video, self._card)
+    # --- shards --------------------------------------------------------------------------------
 
-    def _done(self, unit: _Unit, outcome: VideoOutcome) -> None:
-        if outcomes := self._ledger.done(unit.shard, outcome):
-            self._publish(unit.shard, outcomes, attempt=1)
+    def _done(self, shard: Shard, outcome: VideoOutcome) -> None:
+        self._metrics.video(outcome.status)
+        outcomes = self._ledger.done(shard, outcome)
+        if outcomes is not None:
+            self._publish(self._ledger.work_of(shard).shard, outcomes, attempt=1)
 
     def _publish(self, shard: Shard, outcomes: list[VideoOutcome], attempt: int) -> None:
+        earlier = self._ledger.work_of(shard).commit
         ref = publish_shard_task.options(num_cpus=0).remote(
-            self._config, self._card, shard, outcomes
+            self._config, self._card, shard, outcomes, earlier
         )
         self._publishing[ref] = (shard, outcomes, attempt)
 
@@ -394,20 +598,20 @@ class _Scheduler:
 
     def _fail_shard(self, shard: Shard, reason: str) -> None:
         self._ledger.fail(shard, reason)
-        self._queue = deque(u for u in self._queue if u.shard.shard_id != shard.shard_id)
+        self._queue = deque(p for p in self._queue if p.shard.shard_id != shard.shard_id)
 
-    def _give_up_stalled(self) -> None:
+    # --- what goes wrong -----------------------------------------------------------------------
+
+    def _give_up_stalled(self, journal: Mapping[str, JournalEntry]) -> None:
         limit = self._config.cluster.progress_timeout_s
-        idle = ray.get(self._journal.snapshot.remote())
         for lane in list(self._lanes):
             errors: dict[str, Exception] = {}
-            for unit, _ in lane.running.values():
-                num_frames, idle_s = idle.get(unit.key, (0, 0.0))
-                if idle_s > limit:
-                    errors[unit.key] = DecodeStalledError(
-                        f"no progress for {idle_s:.0f} s",
-                        video=unit.video.video_id,
-                        frame_index=num_frames,
+            for running in lane.running.values():
+                entry = journal.get(running.unit.key)
+                if entry is not None and entry.idle_s > limit:
+                    errors[running.unit.key] = DecodeStalledError(
+                        f"no progress for {entry.idle_s:.0f} s",
+                        video=running.unit.videos[entry.opened].video_id,
                         stage="reconstruct",
                     )
             if errors:
@@ -421,9 +625,9 @@ class _Scheduler:
                 f"finishing anything; the last one said:\n{error}"
             )
 
-    def _say_what_is_lacking(self) -> None:
+    def _say_what_is_lacking(self, journal: Mapping[str, JournalEntry]) -> None:
         now = time.monotonic()
-        if self._publishing or ray.get(self._journal.snapshot.remote()):
+        if self._publishing or journal:
             self._last_seen_running = now
         if now - self._last_seen_running < STARVING_S:
             return
@@ -440,24 +644,62 @@ class _Scheduler:
             {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")},
         )
 
-    def _end_lane(self, lane: _Lane, errors: dict[str, Exception]) -> None:
+    def _end_lane(self, lane: _Lane, errors: Mapping[str, Exception]) -> None:
         """A lane has died or must; its units without an error run again free of charge."""
-        running = [unit for unit, _ in lane.running.values()]
+        ended = [(running, self._end_unit(lane, running)) for running in lane.running.values()]
         lane.running.clear()
-        self._lanes.remove(lane)
-        self._kill(lane)
-        begun = ray.get(self._journal.snapshot.remote())
-        for unit in running:
-            self._journal.forget.remote(unit.key)
-            if unit.key in errors:
-                self._judge(unit, errors[unit.key], unit.key in begun)
-            else:
-                unit.free_retries += 1
-                self._queue.append(unit)
+        self._remove(lane)
+        for running, opened in ended:
+            if error := errors.get(running.unit.key):
+                self._judge(running.pending, error, opened)
+            elif not self._ledger.has_failed(running.unit.shard):
+                pending = running.pending
+                self._enqueue(
+                    *self._take_over(pending.shard),
+                    alone=pending.alone,
+                    free_retries=pending.free_retries + 1,
+                )
 
-    def _kill(self, lane: _Lane) -> None:
+    def _remove(self, lane: _Lane) -> None:
+        if lane in self._lanes:
+            self._lanes.remove(lane)
+        if lane.is_ready:
+            self._ledger.report.actor_s += time.monotonic() - lane.since
         for actor in (lane.model, *lane.trackers):
             ray.kill(actor)
+
+
+def _culprits(
+    pending: _Pending,
+    left: Sequence[Video],
+    cause: BaseException,
+    opened: int | None,
+    verdict: Blame,
+) -> list[Video]:
+    """Who of the unfinished videos of a unit may be to blame.
+
+    Alone, everything is waited for and saved, so it is the first one; an error that names a video
+    means that one; else it may be any that the decoder had begun with.
+    """
+    if verdict is Blame.NOBODY:
+        return []
+    if verdict is Blame.STORAGE:
+        return list(left)
+    named = [v for v in left if isinstance(cause, VideoError) and v.video_id == cause.video]
+    if named:
+        return named
+    if pending.alone:
+        return [left[0]]
+    begun = {v.video_id for v in pending.shard.videos[: (opened or 0) + 1]}
+    return [v for v in left if v.video_id in begun] or [left[0]]
+
+
+def _is_busy(lane: _Lane) -> bool:
+    return bool(lane.running)
+
+
+def _units(lane: _Lane) -> list[str]:
+    return [running.unit.key for running in lane.running.values()]
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -9,40 +9,36 @@ from typing import Any
 
 import ray
 
+from fourdh_batch.cluster.decoding import Unit
 from fourdh_batch.config import JobConfig
 from fourdh_batch.errors import VideoError
 from fourdh_batch.pipeline.following import TrackerModels
-from fourdh_batch.pipeline.plan import Shard, Video
+from fourdh_batch.pipeline.plan import Shard
 from fourdh_batch.pipeline.records import ChunkResult, ModelCard
-from fourdh_batch.pipeline.shard import (
-    ShardReport,
-    VideoOutcome,
-    VideoTracking,
-    begin_video,
-    publish,
-    video_fingerprint,
-)
+from fourdh_batch.pipeline.shard import ShardReport, UnitTracking, VideoOutcome, publish
 from fourdh_batch.storage import Store
-from fourdh_batch.tables.writer import VideoSpool
+from fourdh_batch.tables.manifest import CommitRecord
 from fourdh_batch.types import DecodeSummary
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A video cannot be read now, through no fault of its own: nothing is kept of it."""
+
+
+Event = ChunkResult | DecodeSummary | VideoError | Dropped
+
+
 @dataclass(slots=True)
 class _Running:
-    tracking: VideoTracking
-    spool: VideoSpool
-    fingerprint: str
-    saved_at: int  # first frame that the saved state lacks
+    tracking: UnitTracking
+    broken: Exception | None = None
 
 
 class TrackerWorker:
-    """Tracks a few videos, each in frame order, and spools their finished rows.
-
-    Every few hundred frames the state of a long video is saved behind its rows, so that another
-    process can go on from there.
-    """
+    """Tracks a few units at once, the videos of each in order, and spools their finished rows."""
 
     def __init__(self, config: JobConfig, card: ModelCard) -> None:
         self._config = config
@@ -51,47 +47,65 @@ class TrackerWorker:
         self._models = TrackerModels(config)
         self._running: dict[str, _Running] = {}
 
-    def begin(self, unit: str, shard: Shard, video: Video) -> int:
-        """Go on with a video where an earlier attempt saved its state, or start afresh.
+    def begin(self, unit: Unit) -> int:
+        """Take a unit on, its first video from its saved state where there is one.
 
         Returns:
-            The frame that is wanted first.
+            The frame of the first video that is wanted first.
         """
-        spool = VideoSpool(self._store, shard.shard_id, video.video_id)
-        tracking = begin_video(video, shard, spool, self._config, self._card, self._models)
-        fingerprint = video_fingerprint(video, self._card)
-        self._running[unit] = _Running(tracking, spool, fingerprint, tracking.next_frame)
+        tracking = UnitTracking(
+            unit.shard,
+            unit.videos,
+            self._config,
+            self._card,
+            self._models,
+            self._store,
+            saved=unit.saved,
+            save_each=unit.alone,
+        )
+        self._running[unit.key] = _Running(tracking)
         return tracking.next_frame
 
-    def add(self, unit: str, result: ChunkResult) -> None:
-        """The next chunk of a video."""
+    def work(self, unit: str, events: Sequence[Event]) -> None:
+        """What comes next of a unit: chunks of its current video, and how that ended.
+
+        Raises:
+            Whatever the rows or the store raised; then again at every call for this unit.
+        """
         running = self._running[unit]
-        tracking = running.tracking
-        tracking.add(result)
-        num_frames = tracking.next_frame - running.saved_at
-        if num_frames >= self._config.cluster.checkpoint_frames and tracking.can_resume:
-            num_bytes = running.spool.save(tracking.state(), running.fingerprint)
-            running.saved_at = tracking.next_frame
-            logger.debug("unit %s: saved at %d, %d bytes", unit, running.saved_at, num_bytes)
+        if running.broken is not None:
+            raise running.broken
+        try:
+            for event in events:
+                if isinstance(event, ChunkResult):
+                    running.tracking.add(event)
+                elif isinstance(event, Dropped):
+                    running.tracking.drop()
+                else:
+                    running.tracking.end(event)
+        except Exception as error:
+            running.broken = error
+            raise
 
-    def finish(self, unit: str, summary: DecodeSummary) -> VideoOutcome:
-        """No more chunks: settle the last rows and close the spool."""
-        return self._running.pop(unit).tracking.finish(summary)
+    def close(self, unit: str) -> list[VideoOutcome]:
+        """Nothing more comes of a unit; what is finished of it is saved.
 
-    def fail(self, unit: str, error: VideoError) -> VideoOutcome:
-        """No more chunks, because of this error; rows from before it are kept."""
-        return self._running.pop(unit).tracking.fail(error)
-
-    def drop(self, unit: str) -> None:
-        """Forget a unit that died elsewhere."""
-        self._running.pop(unit, None)
+        Returns:
+            The outcomes of its finished videos.
+        """
+        running = self._running.pop(unit, None)
+        return [] if running is None else running.tracking.close()
 
 
 def publish_shard(
-    config: JobConfig, card: ModelCard, shard: Shard, outcomes: Sequence[VideoOutcome]
+    config: JobConfig,
+    card: ModelCard,
+    shard: Shard,
+    outcomes: Sequence[VideoOutcome],
+    earlier: CommitRecord | None,
 ) -> ShardReport:
-    """Merge the spools of a shard into its objects and commit it."""
-    return publish(Store(config.output), config, card, shard, outcomes)
+    """Merge the rows of a shard into its objects and commit it."""
+    return publish(Store(config.output), config, card, shard, outcomes, earlier)
 
 
 TrackerActor: Any = ray.remote(max_restarts=0, max_task_retries=0)(TrackerWorker)

@@ -10,30 +10,41 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
 
 from fourdh_batch import __version__
 from fourdh_batch.config import JobConfig, to_dict
-from fourdh_batch.errors import ManifestError
-from fourdh_batch.pipeline.plan import Shard, Video, plan_shards
+from fourdh_batch.errors import FourdhError, ManifestError
+from fourdh_batch.pipeline.increment import Increment, ShardWork
+from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.records import ModelCard
 from fourdh_batch.pipeline.shard import (
     FAILED,
-    OK,
     PARTIAL,
     QUARANTINED,
+    STATUSES,
     ShardReport,
     VideoOutcome,
 )
-from fourdh_batch.storage import Store
-from fourdh_batch.tables.manifest import LEASE_S, CommitRecord, Lease, commit_key, read_commits
-from fourdh_batch.tables.writer import discard_work
+from fourdh_batch.storage import Store, redact_uri, safe_key
+from fourdh_batch.tables.manifest import CommitRecord, Lease, commit_key
+from fourdh_batch.tables.writer import WORK, discard_work, put_rows
 
 logger = logging.getLogger(__name__)
 
+RUNS = "_runs"
 STORAGE_ATTEMPTS = 3
 PROGRESS_S = 0.5
+RECORD_S = 30.0  # between two records of a running job
+CHANGES = pa.schema(
+    [(name, pa.string()) for name in ("video_id", "shard_id", "kind", "before", "after")]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +68,15 @@ class RunReport:
     """How a job ended.
 
     Attributes:
-        outcomes: of the videos that this run worked on.
         shards: reports of the shards that this run published.
         num_shards_before: shards that were up to date already.
         videos_before: per status, the videos in those.
+        videos_kept: videos in published shards whose rows were taken over from before.
+        changes: per kind, what is new, changed or gone; see `increment.Change`.
         failed_shards: shard and reason; nothing of these was published.
+        frames_run: frames that went through the models, also those that had to be done again.
+        actor_s: seconds that model processes were there for, all together.
+        device: what they ran on.
         seconds: wall time of the run.
     """
 
@@ -71,17 +86,18 @@ class RunReport:
     shards: list[ShardReport] = field(default_factory=list)
     num_shards_before: int = 0
     videos_before: dict[str, int] = field(default_factory=dict)
+    videos_kept: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)
     failed_shards: dict[str, str] = field(default_factory=dict)
+    frames_run: int = 0
+    actor_s: float = 0.0
+    device: str = ""
     seconds: float = 0.0
-
-    @property
-    def outcomes(self) -> list[VideoOutcome]:
-        return [outcome for shard in self.shards for outcome in shard.outcomes]
 
     def videos(self, status: str) -> int:
         """Videos of the corpus that ended with this status, now or before."""
-        now = sum(outcome.status == status for outcome in self.outcomes)
-        return now + self.videos_before.get(status, 0)
+        now = sum(shard.statuses.get(status, 0) for shard in self.shards)
+        return now + self.videos_before.get(status, 0) + self.videos_kept.get(status, 0)
 
     @property
     def exit_code(self) -> int:
@@ -91,42 +107,71 @@ class RunReport:
         return 3 if any(self.videos(s) for s in (PARTIAL, FAILED, QUARANTINED)) else 0
 
 
+@dataclass(slots=True)
+class _OpenShard:
+    work: ShardWork
+    outcomes: dict[str, VideoOutcome] = field(default_factory=dict)
+
+
 class Ledger:
     """The books of one run over the shards that are not up to date.
 
+    Only shards that were begun and not ended are held, however many there are.
+
     Args:
         store: the output.
-        shards: what there is to do.
+        todo: the shards, lazily.
+        totals: `videos_total`, `bytes_total` and `shards_total` of `todo`.
         report: filled in as shards are published or fail.
-        renew_lease: called in time by `tick`.
         on_progress: called now and then by `tick`, and by `close`.
+        on_tick: called by `tick`, at most every `PROGRESS_S` seconds: renews the lease, keeps the
+            record of the run.
 
     Attributes:
-        store, shards, report: as given.
+        store, report: as given.
     """
 
     def __init__(
         self,
         store: Store,
-        shards: Sequence[Shard],
+        todo: Iterable[ShardWork],
+        totals: Progress,
         report: RunReport,
-        renew_lease: Callable[[], None],
-        on_progress: OnProgress,
+        on_progress: OnProgress = lambda progress: None,
+        on_tick: OnProgress = lambda progress: None,
     ) -> None:
         self.store = store
-        self.shards = shards
         self.report = report
-        self._renew_lease = renew_lease
+        self._todo = iter(todo)
+        self._totals = totals
         self._on_progress = on_progress
-        self._outcomes: dict[str, dict[str, VideoOutcome]] = {s.shard_id: {} for s in shards}
-        self._renewed = self._shown = time.monotonic()
+        self._on_tick = on_tick
+        self._open: dict[str, _OpenShard] = {}
+        self._num_videos = self._num_bytes = self._num_frames = 0
+        self._shown = time.monotonic()
+
+    @property
+    def num_videos_left(self) -> int:
+        """Videos that have not ended, of all shards."""
+        return self._totals.videos_total - self._num_videos
+
+    def next_shard(self) -> ShardWork | None:
+        """The next shard to work on; None where there is none."""
+        work = next(self._todo, None)
+        if work is not None:
+            self._open[work.shard.shard_id] = _OpenShard(work)
+        return work
 
     def has_failed(self, shard: Shard) -> bool:
         """Whether a shard was given up."""
         return shard.shard_id in self.report.failed_shards
 
+    def work_of(self, shard: Shard) -> ShardWork:
+        """The whole of a shard that is being worked on."""
+        return self._open[shard.shard_id].work
+
     def done(self, shard: Shard, outcome: VideoOutcome) -> list[VideoOutcome] | None:
-        """A video has ended; once its shard is complete, the outcomes of all its videos."""
+        """A video has ended; with the last one of a shard, the outcomes of all that were to do."""
         if self.has_failed(shard):
             return None
         if outcome.problem:
@@ -134,35 +179,46 @@ class Ledger:
                 "shard %s, video %s: %s: %s",
                 *(shard.shard_id, outcome.video_id, outcome.status, outcome.problem),
             )
-        outcomes = self._outcomes[shard.shard_id]
-        outcomes[outcome.video_id] = outcome
-        if len(outcomes) < len(shard.videos):
+        entry = self._open[shard.shard_id]
+        if outcome.video_id in entry.outcomes:
             return None
-        return [outcomes[video.video_id] for video in shard.videos]
+        entry.outcomes[outcome.video_id] = outcome
+        videos = entry.work.shard.videos
+        self._num_videos += 1
+        self._num_frames += outcome.num_frames
+        self._num_bytes += next(v.num_bytes for v in videos if v.video_id == outcome.video_id)
+        if len(entry.outcomes) + len(entry.work.keep) < len(videos):
+            return None
+        return [entry.outcomes[v.video_id] for v in videos if v.video_id in entry.outcomes]
 
     def published(self, report: ShardReport) -> None:
         """A shard is in the tables."""
         logger.info("%s", report.line())
+        work = self._open.pop(report.shard_id).work
         self.report.shards.append(report)
+        if work.commit is not None:
+            kept = Counter(v.status for v in work.commit.videos if v.video_id in work.keep)
+            for status, count in kept.items():
+                self.report.videos_kept[status] = self.report.videos_kept.get(status, 0) + count
 
     def fail(self, shard: Shard, reason: str) -> None:
         """Give a shard up; the job goes on."""
         logger.error("shard %s: not published: %s", shard.shard_id, reason)
+        self._open.pop(shard.shard_id, None)
         self.report.failed_shards[shard.shard_id] = reason
 
     def tick(self, frames_running: Callable[[], int] = int) -> None:
-        """Renew the lease and show progress where it is time.
+        """Show progress and look after lease and record where it is time.
 
         Args:
             frames_running: frames of the videos that have begun and not ended.
         """
         now = time.monotonic()
-        if now - self._renewed > LEASE_S / 3:
-            self._renew_lease()
-            self._renewed = now
         if now - self._shown > PROGRESS_S:
             self._shown = now
-            self._on_progress(self.progress(frames_running()))
+            progress = self.progress(frames_running())
+            self._on_tick(progress)
+            self._on_progress(progress)
 
     def close(self) -> None:
         """Show where the run has come to."""
@@ -170,23 +226,21 @@ class Ledger:
 
     def progress(self, frames_running: int = 0) -> Progress:
         """Counts of now."""
-        videos = [(s.shard_id, video) for s in self.shards for video in s.videos]
-        outcomes = [outcome for of in self._outcomes.values() for outcome in of.values()]
         return Progress(
-            videos_done=len(outcomes),
-            videos_total=len(videos),
-            bytes_done=sum(v.num_bytes for s, v in videos if v.video_id in self._outcomes[s]),
-            bytes_total=sum(video.num_bytes for _, video in videos),
-            frames_done=sum(outcome.num_frames for outcome in outcomes) + frames_running,
+            videos_done=self._num_videos,
+            videos_total=self._totals.videos_total,
+            bytes_done=self._num_bytes,
+            bytes_total=self._totals.bytes_total,
+            frames_done=self._num_frames + frames_running,
             shards_done=len(self.report.shards),
-            shards_total=len(self.shards),
+            shards_total=self._totals.shards_total,
         )
 
 
 def bring_up_to_date(
     config: JobConfig,
     card: ModelCard,
-    videos: Sequence[Video],
+    videos: Iterable[Video],
     work: Callable[[Ledger], None],
     *,
     on_progress: OnProgress = lambda progress: None,
@@ -203,85 +257,80 @@ def bring_up_to_date(
         ManifestError: finished videos would be lost; nothing was begun.
         OutputInUseError: another driver is writing to this output.
     """
-    started = time.monotonic()
     store = Store(config.output)
     run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
     report = RunReport(run_id=run_id, output=config.output, card=card)
-    with Lease(store) as lease:
-        shards = plan_shards(
-            store,
-            config.dataset,
-            videos,
-            videos_per_shard=config.plan.videos_per_shard,
-            mb_per_shard=config.plan.mb_per_shard,
-        )
-        commits = read_commits(store)
-        todo = []
-        for shard in shards:
-            commit = commits.get(shard.shard_id)
-            if commit is None or _must_redo(shard, commit, card, config):
-                todo.append(shard)
-                continue
-            report.num_shards_before += 1
-            discard_work(store, shard.shard_id)  # left by a driver killed just after its commit
-            for video in commit.videos:
-                count = report.videos_before.get(video.status, 0)
-                report.videos_before[video.status] = count + 1
-        if config.plan.remove_missing:
-            planned = {shard.shard_id for shard in shards}
-            for commit in commits.values():
-                if commit.dataset == config.dataset and commit.shard_id not in planned:
-                    _remove_shard(store, commit)
-        else:
-            _refuse_losses(todo, commits)
+    with (
+        Lease(store) as lease,
+        lease.kept(),
+        Increment(store, config, card.fingerprint, videos, record=True) as plan,
+    ):
+        _refuse_large_losses(config, plan)
+        report.num_shards_before = plan.num_shards_before
+        report.videos_before = dict(plan.videos_before)
+        report.changes = dict(plan.num_changes)
         logger.info(
             "run %s: %d videos in %d shards, %d shards to do, weights %s",
-            *(run_id, len(videos), len(shards), len(todo), card.weights_origin),
+            *(run_id, plan.num_videos, plan.num_shards, plan.todo_shards, card.weights_origin),
         )
-        if todo:
-            work(Ledger(store, todo, report, lease.renew, on_progress))
-        report.seconds = round(time.monotonic() - started, 3)
-        _record_run(store, config, report)
+        totals = Progress(0, plan.todo_videos, 0, plan.todo_bytes, 0, 0, plan.todo_shards)
+        with _recorded(store, config, report, totals) as on_tick:
+            _write_changes(store, run_id, plan)
+            if config.plan.remove_missing:
+                for commit in plan.removed():
+                    _remove_shard(store, commit)
+            if plan.todo_shards:
+
+                def tick(progress: Progress) -> None:
+                    lease.check()
+                    on_tick(progress)
+
+                work(Ledger(store, plan.work(), totals, report, on_progress, tick))
+            _discard_left_over(store, plan)
     return report
-
-
-def _must_redo(shard: Shard, commit: CommitRecord, card: ModelCard, config: JobConfig) -> bool:
-    """Whether a finished shard differs from what a run of today would make of it."""
-    if config.plan.retry_quarantined and any(v.status == QUARANTINED for v in commit.videos):
-        return True
-    if commit.fingerprint == shard.fingerprint(card.fingerprint):
-        return False
-    done = {video.video_id: video.content_fingerprint for video in commit.videos}
-    unchanged = commit.model_fingerprint == card.fingerprint and all(
-        done.get(video.video_id) == video.fingerprint for video in shard.videos
-    )
-    # Only videos are missing today (a smaller input, a limit): what is finished stays.
-    return config.plan.remove_missing or not unchanged
 
 
 def summary_of(report: RunReport) -> dict[str, object]:
     """Totals of a run, by name, as JSON holds them."""
     return {
-        "videos": {s: report.videos(s) for s in (OK, PARTIAL, FAILED, QUARANTINED)},
-        "frames": sum(outcome.num_frames for outcome in report.outcomes),
-        "people": sum(outcome.num_people for outcome in report.outcomes),
+        "videos": {status: report.videos(status) for status in STATUSES},
+        "changes": report.changes,
+        "frames": sum(shard.num_frames for shard in report.shards),
+        "people": sum(shard.num_people for shard in report.shards),
         "track_rows": sum(shard.num_track_rows for shard in report.shards),
     }
 
 
-def _refuse_losses(todo: Sequence[Shard], commits: Mapping[str, CommitRecord]) -> None:
-    """A shard is published whole; one that is redone must not lose videos by oversight."""
-    lost = []
-    for shard in todo:
-        today = {video.video_id for video in shard.videos}
-        if commit := commits.get(shard.shard_id):
-            lost += [v.video_id for v in commit.videos if v.video_id not in today]
-    if lost:
+def changes_key(run_id: str) -> str:
+    """Where a run lists, as Parquet, the videos that were not up to date, and why."""
+    return f"{RUNS}/{run_id}-changes.parquet"
+
+
+def _refuse_large_losses(config: JobConfig, plan: Increment) -> None:
+    """A corpus of which much is suddenly missing is more likely a mount that is."""
+    removed = plan.num_changes.get("removed", 0)
+    before = plan.num_videos - plan.num_changes.get("new", 0) + removed
+    limit = config.plan.max_removed
+    if config.plan.remove_missing and removed > limit * before:
         raise ManifestError(
-            f"this run would remove {len(lost)} finished videos that are not in the input, "
-            f"for example {lost[0]!r}: they share shards with videos that must be redone. Give the "
-            "whole corpus, or plan.remove_missing=true to let them go"
+            f"this run would take {removed} of {before} videos out of the tables, more than "
+            f"plan.max_removed={limit:g} allows; is the whole corpus there? If so, raise it"
         )
+
+
+def _write_changes(store: Store, run_id: str, plan: Increment) -> None:
+    if not any(plan.num_changes.values()):
+        return
+    put_rows(store, changes_key(run_id), CHANGES, (astuple(change) for change in plan.changes()))
+
+
+def _discard_left_over(store: Store, plan: Increment) -> None:
+    """Work of shards that are published: a driver was killed just after a commit."""
+    folders = {key.split("/")[1] for key, _ in store.list(WORK)}
+    if folders:
+        for shard_id in plan.up_to_date():
+            if safe_key(shard_id) in folders:
+                discard_work(store, shard_id)
 
 
 def _remove_shard(store: Store, commit: CommitRecord) -> None:
@@ -292,17 +341,66 @@ def _remove_shard(store: Store, commit: CommitRecord) -> None:
         store.delete(record.key)
 
 
-def _record_run(store: Store, config: JobConfig, report: RunReport) -> None:
-    """`_runs/<run_id>.json`: settings as run, versions, totals."""
-    record = {
-        "run_id": report.run_id,
-        "version": __version__,
-        "config": to_dict(config),
-        "models": asdict(report.card),
-        "seconds": report.seconds,
-        "shards_done": [shard.shard_id for shard in report.shards],
-        "shards_up_to_date": report.num_shards_before,
-        "shards_failed": report.failed_shards,
-        **summary_of(report),
-    }
-    store.write_bytes(f"_runs/{report.run_id}.json", json.dumps(record, indent=1).encode())
+@contextmanager
+def _recorded(
+    store: Store, config: JobConfig, report: RunReport, totals: Progress
+) -> Iterator[OnProgress]:
+    """`_runs/<run_id>.json`: settings as run, versions, totals; kept up to date while it runs."""
+    started, began = time.time(), time.monotonic()
+    written = began
+    last = totals
+
+    def write(state: str, exit_code: int | None) -> None:
+        report.seconds = round(time.monotonic() - began, 3)
+        record = {
+            "run_id": report.run_id,
+            "version": __version__,
+            "state": state,
+            "started_s": started,
+            "updated_s": time.time(),
+            "seconds": report.seconds,
+            "exit_code": exit_code,
+            "dataset": config.dataset,
+            "config": _redacted(to_dict(config)),
+            "models": asdict(report.card),
+            "progress": asdict(last),
+            "shards_up_to_date": report.num_shards_before,
+            "shards_failed": report.failed_shards,
+            **summary_of(report),
+            "work": {
+                "frames": report.frames_run,
+                "actor_seconds": round(report.actor_s, 3),
+                "track_rows": sum(shard.num_track_rows for shard in report.shards),
+                "object_bytes": sum(shard.num_bytes for shard in report.shards),
+                "device": report.device,
+            },
+        }
+        body = json.dumps(record, indent=1).encode()
+        store.write_bytes(f"{RUNS}/{report.run_id}.json", body)
+
+    def on_tick(progress: Progress) -> None:
+        nonlocal written, last
+        last = progress
+        if time.monotonic() - written > RECORD_S:
+            written = time.monotonic()
+            write("running", None)
+
+    write("running", None)
+    try:
+        yield on_tick
+    except BaseException as error:
+        try:
+            write("failed" if isinstance(error, Exception) else "stopped", 1)
+        except FourdhError as second:
+            logger.warning("run %s: not recorded: %s", report.run_id, second)
+        raise
+    done = len(report.shards)
+    last = replace(last, shards_done=done, videos_done=totals.videos_total)
+    write("done", report.exit_code)
+
+
+def _redacted(value: Any) -> Any:
+    """Settings without the secrets that addresses may hold."""
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    return redact_uri(value) if isinstance(value, str) else value

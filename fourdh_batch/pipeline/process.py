@@ -12,13 +12,15 @@ from typing import Any
 import pandas as pd
 
 from fourdh_batch.config import JobConfig, load_config
+from fourdh_batch.errors import VideoError
 from fourdh_batch.pipeline.engine import Engine, build_engine, model_card
 from fourdh_batch.pipeline.following import TrackerModels
 from fourdh_batch.pipeline.plan import Video
 from fourdh_batch.pipeline.records import ModelCard
-from fourdh_batch.pipeline.shard import VideoOutcome, VideoTracking, run_video
+from fourdh_batch.pipeline.shard import VideoEnd, VideoOutcome, VideoTracking, run_video
 from fourdh_batch.storage import fingerprint_file
 from fourdh_batch.tables.writer import MemorySpool
+from fourdh_batch.types import DecodeSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def process_video(
     num_bytes, fingerprint = fingerprint_file(str(path))
     video = Video(video_id or Path(path).name, str(path), num_bytes, fingerprint)
     spool = MemorySpool(video.video_id)
-    tracking = VideoTracking(
+    tracking = _Alone(
         video,
         shard_id="",
         dataset=dataset or models.config.dataset,
@@ -88,7 +90,17 @@ def process_video(
         spool=spool,
         models=models.tracker,
     )
-    outcome = run_video(video, models.engine, tracking, models.config)
+    run_video(video, models.engine, tracking, models.config)
+    assert tracking.outcome is not None
     tables: dict[str, Any] = spool.tables()
     frames = {name: table.to_pandas() for name, table in tables.items()}
-    return VideoTables(**frames, outcome=outcome)
+    return VideoTables(**frames, outcome=tracking.outcome)
+
+
+class _Alone(VideoTracking):
+    """One video that is no part of a unit."""
+
+    outcome: VideoOutcome | None = None
+
+    def end(self, how: DecodeSummary | VideoEnd | VideoError) -> None:
+        self.outcome = self.fail(how) if isinstance(how, VideoError) else self.finish(how)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -61,19 +62,19 @@ from fourdh_batch.pipeline.records import UNTRAINED, ChunkResult, ModelCard
 from fourdh_batch.pipeline.shard import (
     OK,
     QUARANTINED,
+    SavedWork,
     VideoEnd,
     VideoOutcome,
     VideoTracking,
-    finished_outcome,
     publish,
     record_failure,
 )
-from fourdh_batch.storage import Store, open_read
+from fourdh_batch.storage import Store, open_read, safe_key
 from fourdh_batch.tables.frames import FrameRuns
 from fourdh_batch.tables.manifest import CODE_VERSION, COMMITS, fingerprint_of
 from fourdh_batch.tables.reader import read_arrow
 from fourdh_batch.tables.schema import TABLES, schema_version
-from fourdh_batch.tables.writer import VideoSpool
+from fourdh_batch.tables.writer import WORK, WorkSpool
 from fourdh_batch.types import Detections, People
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _track_all(config: JobConfig, ledger: Ledger) -> None:
         if isinstance(result, StorageError):
             if not ledger.has_failed(shard):
                 ledger.fail(shard, str(result))
-        elif outcomes := ledger.done(shard, result):
+        elif (outcomes := ledger.done(shard, result)) is not None:
             _publish(config, card, ledger, shard, outcomes)
         ledger.tick()
     ledger.close()
@@ -147,25 +148,43 @@ def _results(
     config: JobConfig, card: ModelCard, ledger: Ledger
 ) -> Iterator[tuple[Shard, VideoOutcome | StorageError]]:
     """Every video's outcome with its shard, in any order."""
-    units = [(shard, video) for shard in ledger.shards for video in shard.videos]
-    workers = min(config.poses.workers or os.cpu_count() or 1, len(units))
+    workers = min(config.poses.workers or os.cpu_count() or 1, ledger.num_videos_left)
+    in_progress = {key.split("/")[1] for key, _ in ledger.store.list(WORK)}
+    finished: deque[tuple[Shard, VideoOutcome]] = deque()
+
+    def units() -> Iterator[tuple[Shard, Video]]:
+        while work := ledger.next_shard():
+            shard = work.shard
+            done: Mapping[str, VideoOutcome] = {}
+            if safe_key(shard.shard_id) in in_progress:  # what an interrupted run has finished
+                done = SavedWork(ledger.store, shard, card).outcomes
+                finished.extend((shard, outcome) for outcome in done.values())
+            if len(work.keep) == len(shard.videos):
+                _publish(config, card, ledger, shard, [])
+            for video in shard.videos:
+                if video.video_id not in work.keep and video.video_id not in done:
+                    yield shard, video
+
     if workers <= 1:
         retracker = Retracker(config, card)
-        for shard, video in units:
+        for shard, video in units():
+            yield from _drain(finished)
             if not ledger.has_failed(shard):
                 yield shard, _outcome_or_error(retracker, shard, video)
+        yield from _drain(finished)
         return
     context = get_context("spawn")  # a fork would copy the threads of Arrow and torch
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(config, card)
     ) as pool:
-        waiting = iter(units)
+        waiting = units()
         running: dict[Future[VideoOutcome | StorageError], tuple[Shard, Video]] = {}
         try:
             while True:
                 while len(running) < 2 * workers and (unit := next(waiting, None)):
                     if not ledger.has_failed(unit[0]):
                         running[pool.submit(_in_worker, *unit)] = unit
+                yield from _drain(finished)
                 if not running:
                     return
                 done, _ = wait(running, timeout=PROGRESS_S, return_when=FIRST_COMPLETED)
@@ -181,6 +200,11 @@ def _results(
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _drain(found: deque[tuple[Shard, VideoOutcome]]) -> Iterator[tuple[Shard, VideoOutcome]]:
+    while found:
+        yield found.popleft()
 
 
 def _outcome_or_error(
@@ -211,7 +235,8 @@ def _publish(
 ) -> None:
     for attempt in range(1, STORAGE_ATTEMPTS + 1):
         try:
-            published = publish(ledger.store, config, card, shard, outcomes)
+            earlier = ledger.work_of(shard).commit
+            published = publish(ledger.store, config, card, shard, outcomes, earlier)
         except StorageError as error:
             if attempt == STORAGE_ATTEMPTS:
                 ledger.fail(shard, str(error))
@@ -262,11 +287,8 @@ class Retracker:
         Raises:
             FourdhError: settings or storage; errors of the video become rows in `failures`.
         """
-        spool = VideoSpool(self._store, shard.shard_id, video.video_id)
-        outcome = finished_outcome(spool, video, self._card)
-        if outcome is not None:
-            return outcome
-        spool.discard()
+        spool = WorkSpool(self._store, shard.shard_id)
+        spool.begin(video.video_id)
         end, poses = VideoEnd(OK), None
         if isinstance(self._source, EarlierRun):
             end = self._source.end_of(video.video_id)
@@ -288,13 +310,16 @@ class Retracker:
             cuts=() if poses is None else poses.frame_index[poses.is_shot_start].tolist(),
         )
         if error is not None:
-            return tracking.fail(error, file=end.file)
-        assert poses is not None
-        for chunk in chunks_of(poses, video.video_id, self._config, models):
-            tracking.add(chunk)
-        if not isinstance(self._source, EarlierRun):
-            end = VideoEnd(OK, _file_of(poses))
-        return tracking.finish(end)
+            outcome = tracking.fail(error, file=end.file)
+        else:
+            assert poses is not None
+            for chunk in chunks_of(poses, video.video_id, self._config, models):
+                tracking.add(chunk)
+            if not isinstance(self._source, EarlierRun):
+                end = VideoEnd(OK, _file_of(poses))
+            outcome = tracking.finish(end)
+        spool.save()
+        return replace(outcome, spool=spool.name)
 
     def give_up(self, shard: Shard, video: Video, error: Exception) -> VideoOutcome:
         """Spool nothing but the failure of a video that ended unexpectedly.

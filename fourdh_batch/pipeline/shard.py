@@ -10,12 +10,13 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from fourdh_batch.config import JobConfig, to_dict
@@ -29,7 +30,14 @@ from fourdh_batch.pipeline.rows import RowBuilder, Rows
 from fourdh_batch.storage import Store, redact_uri
 from fourdh_batch.tables.manifest import CommitRecord, fingerprint_of
 from fourdh_batch.tables.schema import make_table
-from fourdh_batch.tables.writer import VideoSpool, publish_shard
+from fourdh_batch.tables.writer import (
+    PublishedShard,
+    SavedSpool,
+    VideoRows,
+    WorkSpool,
+    publish_shard,
+    saved_spools,
+)
 from fourdh_batch.types import Damage, DecodeSummary, FrameDetections
 from fourdh_batch.video.shots import ShotRule
 
@@ -38,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OK, PARTIAL, FAILED, QUARANTINED = "ok", "partial", "failed", "quarantined"
+OK, PARTIAL, FAILED, QUARANTINED = STATUSES = "ok", "partial", "failed", "quarantined"
 _MIB = 1 << 20
 
 Looks = NDArray[Any]
@@ -63,6 +71,7 @@ class VideoOutcome:
             nothing could be read; ``quarantined``: given up because it kills its worker.
         problem: what was wrong, empty for ``ok``.
         seconds: from its first chunk to its last row.
+        spool: name of the `WorkSpool` that holds its rows.
     """
 
     video_id: str
@@ -72,6 +81,7 @@ class VideoOutcome:
     num_rows: int = 0
     problem: str = ""
     seconds: float = 0.0
+    spool: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,25 +101,35 @@ class VideoEnd:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What a shard gave; the line in the log and in the closing table."""
+    """What a shard gave; the line in the log.
+
+    Attributes:
+        statuses: videos by status, of those that were worked on.
+        num_kept: videos whose rows were taken over from before.
+        num_frames, num_people, num_track_rows: of the videos that were worked on.
+        num_bytes: of all objects of the shard.
+    """
 
     shard_id: str
-    outcomes: tuple[VideoOutcome, ...]
+    statuses: Mapping[str, int]
+    num_kept: int
+    num_frames: int
+    num_people: int
     num_track_rows: int
-    num_detection_rows: int
     num_bytes: int
-    commit: CommitRecord = field(repr=False)
+
+    @property
+    def num_videos(self) -> int:
+        """Videos that were worked on."""
+        return sum(self.statuses.values())
 
     def line(self) -> str:
         """One line for the log."""
-        statuses = [outcome.status for outcome in self.outcomes]
-        counts = ", ".join(
-            f"{statuses.count(s)} {s}" for s in (OK, PARTIAL, FAILED, QUARANTINED) if s in statuses
-        )
+        counts = ", ".join(f"{n} {status}" for status, n in self.statuses.items())
+        kept = f", {self.num_kept} kept" if self.num_kept else ""
         return (
-            f"shard {self.shard_id}: {len(statuses)} videos ({counts}), "
-            f"{sum(o.num_frames for o in self.outcomes)} frames, "
-            f"{sum(o.num_people for o in self.outcomes)} people, "
+            f"shard {self.shard_id}: {self.num_videos} videos ({counts or 'none to do'}){kept}, "
+            f"{self.num_frames} frames, {self.num_people} people, "
             f"{self.num_track_rows} track rows, {self.num_bytes / _MIB:.1f} MiB"
         )
 
@@ -173,6 +193,8 @@ class VideoTracking:
         frames = result.frame_index.tolist()
         for frame, people in zip(frames, people_of_frames(result), strict=True):
             self._undecided.append((frame, size, None if looks is None else looks[people]))
+        if not self._num_frames and self._video.start_s is not None:
+            self._next_frame = frames[0]  # nothing is lost before a window
         self._num_frames += len(frames)
         self._lost_frames |= frames[-1] + 1 - self._next_frame != len(frames)
         self._next_frame = frames[-1] + 1
@@ -217,6 +239,11 @@ class VideoTracking:
             "attempts": attempts,
         }
         return self._close(VideoEnd(status, file or {}, [failure]))
+
+    @property
+    def video(self) -> Video:
+        """As given."""
+        return self._video
 
     @property
     def next_frame(self) -> int:
@@ -273,13 +300,15 @@ class VideoTracking:
         names = {
             "dataset": self._dataset,
             "video_id": self._video.video_id,
-            "uri": redact_uri(self._video.uri),
             "shard_id": self._shard_id,
             "content_fingerprint": self._video.fingerprint,
             "model_fingerprint": self._card.fingerprint,
         }
         row: dict[str, Any] = {
             **names,
+            **_of_the_corpus(self._video),
+            "window_start_s": self._video.start_s,
+            "window_end_s": self._video.end_s,
             **end.file,
             "status": end.status,
             "frames_decoded": self._num_frames,
@@ -290,7 +319,8 @@ class VideoTracking:
         }
         self._spool.append("videos", make_table("videos", _drop_none(row), num_rows=1))
         for failure in end.failures:
-            columns = _drop_none({**names, "attempts": 1, **failure})
+            where = {**names, "uri": row["uri"]}
+            columns = _drop_none({**where, "attempts": 1, **failure})
             self._spool.append("failures", make_table("failures", columns, num_rows=1))
         outcome = VideoOutcome(
             video_id=self._video.video_id,
@@ -356,6 +386,177 @@ def video_fingerprint(video: Video, card: ModelCard) -> str:
     return f"{video.fingerprint}:{card.fingerprint}"
 
 
+class UnitTracking:
+    """The sequential half of a unit: some videos of a shard, one after another, into one spool.
+
+    What is finished, and the state of a long video in the middle, is saved every
+    `cluster.checkpoint_frames` frames; an interruption costs what is behind that.
+
+    Args:
+        shard: of the videos.
+        videos: to be tracked, in this order.
+        config, card, models: as for `VideoTracking`.
+        store: the output.
+        saved: name of the spool that holds the state of the first video, if one does.
+        save_each: save after every video, so that a death tells whose it was.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        videos: Sequence[Video],
+        config: JobConfig,
+        card: ModelCard,
+        models: TrackerModels,
+        store: Store,
+        *,
+        saved: str = "",
+        save_each: bool = False,
+    ) -> None:
+        self._shard = shard
+        self._waiting = deque(videos)
+        self._config = config
+        self._card = card
+        self._models = models
+        self._spool = WorkSpool(store, shard.shard_id)
+        self._save_each = save_each
+        self._outcomes: list[VideoOutcome] = []
+        self._unsaved_frames = 0
+        self._tracking: VideoTracking | None = None
+        if saved:
+            self._tracking = self._continued(store, saved)
+        if self._tracking is None:
+            self._begin_next()
+
+    @property
+    def next_frame(self) -> int:
+        """The frame of the current video that is wanted next; 0 where it has not begun."""
+        return 0 if self._tracking is None else self._tracking.next_frame
+
+    def add(self, result: ChunkResult) -> None:
+        """The next chunk of the current video."""
+        tracking = self._current
+        tracking.add(result)
+        self._unsaved_frames += len(result.frame_index)
+        if self._unsaved_frames >= self._config.cluster.checkpoint_frames and tracking.can_resume:
+            self._save()
+
+    def end(self, how: DecodeSummary | VideoEnd | VideoError) -> None:
+        """The current video has ended, well or not; the next one begins."""
+        tracking = self._current
+        outcome = tracking.fail(how) if isinstance(how, VideoError) else tracking.finish(how)
+        self._outcomes.append(replace(outcome, spool=self._spool.name))
+        self._tracking = None
+        if self._save_each or self._unsaved_frames >= self._config.cluster.checkpoint_frames:
+            self._save()
+        self._begin_next()
+
+    def drop(self) -> None:
+        """Forget the current video, which cannot be read now; the next one begins."""
+        self._tracking = None
+        self._begin_next()
+
+    def close(self) -> list[VideoOutcome]:
+        """Save what is finished, and only that.
+
+        Returns:
+            The outcomes of the finished videos.
+        """
+        if self._outcomes:
+            self._spool.save()
+        return self._outcomes
+
+    @property
+    def _current(self) -> VideoTracking:
+        if self._tracking is None:
+            raise ValueError(f"shard {self._shard.shard_id}: no video of the unit is left")
+        return self._tracking
+
+    def _begin_next(self) -> None:
+        if self._waiting:
+            video = self._waiting.popleft()
+            self._spool.begin(video.video_id)
+            self._tracking = self._track(video)
+
+    def _track(self, video: Video) -> VideoTracking:
+        return VideoTracking(
+            video,
+            shard_id=self._shard.shard_id,
+            dataset=self._shard.dataset,
+            config=self._config,
+            card=self._card,
+            spool=self._spool,
+            models=self._models,
+        )
+
+    def _continued(self, store: Store, saved: str) -> VideoTracking | None:
+        """The first video from its saved state; None: it starts afresh."""
+        video = self._waiting[0]
+        try:
+            earlier = SavedSpool(store, self._shard.shard_id, saved)
+            if not _can_continue(earlier, video, self._card):
+                return None
+            tracking = self._track(video)
+            tracking.restore(self._spool.take_up(earlier))
+        except (FileNotFoundError, StorageError, ValueError) as error:
+            logger.warning("video %s: starts anew: %s", video.video_id, error)
+            self._spool = WorkSpool(store, self._shard.shard_id)
+            return None
+        self._waiting.popleft()
+        logger.info("video %s: goes on at frame %d", video.video_id, tracking.next_frame)
+        return tracking
+
+    def _save(self) -> None:
+        tracking = self._tracking
+        if tracking is None:
+            num_bytes = self._spool.save()
+        else:
+            num_bytes = self._spool.save(
+                tracking.state(),
+                fingerprint=video_fingerprint(tracking.video, self._card),
+                position=tracking.next_frame,
+            )
+        self._unsaved_frames = 0
+        logger.debug("shard %s: saved %d bytes", self._shard.shard_id, num_bytes)
+
+
+def _can_continue(spool: SavedSpool, video: Video, card: ModelCard) -> bool:
+    head = spool.unfinished
+    return (
+        head is not None
+        and head["video_id"] == video.video_id
+        and head["fingerprint"] == video_fingerprint(video, card)
+    )
+
+
+class SavedWork:
+    """What earlier attempts at a shard, in this run or before, saved of its videos.
+
+    Args:
+        store, shard, card: what the rows must be of.
+    Attributes:
+        outcomes: by video id, of the videos that are finished.
+        unfinished: by video id, the spool from which a video can go on.
+    """
+
+    def __init__(self, store: Store, shard: Shard, card: ModelCard) -> None:
+        self.outcomes: dict[str, VideoOutcome] = {}
+        self.unfinished: dict[str, str] = {}
+        furthest: dict[str, int] = {}
+        for spool in saved_spools(store, shard.shard_id):
+            for video in shard.videos:
+                metadata = spool.finished.get(video.video_id)
+                if metadata and metadata["fingerprint"] == video_fingerprint(video, card):
+                    outcome = VideoOutcome(**{**metadata["outcome"], "spool": spool.name})
+                    if outcome.status != QUARANTINED:  # a new run tries again
+                        self.outcomes[video.video_id] = outcome
+                if _can_continue(spool, video, card) and spool.unfinished is not None:
+                    position = int(spool.unfinished["position"])
+                    if position > furthest.get(video.video_id, 0):
+                        furthest[video.video_id] = position
+                        self.unfinished[video.video_id] = spool.name
+
+
 def process_shard(
     shard: Shard,
     engine: Engine,
@@ -375,81 +576,55 @@ def process_shard(
         FourdhError: settings, weights or storage; errors of a video become rows in `failures`.
     """
     models = TrackerModels(config)
-    outcomes = []
-    for video in shard.videos:
-        spool = VideoSpool(store, shard.shard_id, video.video_id)
-        outcome = finished_outcome(spool, video, card)
-        if outcome is None:
-            tracking = begin_video(video, shard, spool, config, card, models)
-            outcome = run_video(video, engine, tracking, config, on_frames)
-        outcomes.append(outcome)
+    saved = SavedWork(store, shard, card)
+    outcomes = list(saved.outcomes.values())
+    left = [video for video in shard.videos if video.video_id not in saved.outcomes]
+    left.sort(key=lambda video: video.video_id not in saved.unfinished)
+    if left:
+        resume = saved.unfinished.get(left[0].video_id, "")
+        unit = UnitTracking(shard, left, config, card, models, store, saved=resume)
+        for video in left:
+            run_video(video, engine, unit, config, on_frames)
+        outcomes += unit.close()
     report = publish(store, config, card, shard, outcomes)
     logger.info("%s", report.line())
     return report
 
 
-def begin_video(
-    video: Video,
-    shard: Shard,
-    spool: VideoSpool,
-    config: JobConfig,
-    card: ModelCard,
-    models: TrackerModels,
-) -> VideoTracking:
-    """Go on with a video where an earlier attempt saved its state, else start afresh."""
+class Tracking(Protocol):
+    """`UnitTracking`, or what stands for it where one video is tracked alone."""
 
-    def tracking() -> VideoTracking:
-        return VideoTracking(
-            video,
-            shard_id=shard.shard_id,
-            dataset=shard.dataset,
-            config=config,
-            card=card,
-            spool=spool,
-            models=models,
-        )
+    @property
+    def next_frame(self) -> int:
+        """The frame that is wanted next."""
 
-    state = spool.saved(video_fingerprint(video, card))
-    if state is not None:
-        resumed = tracking()
-        try:
-            resumed.restore(state)
-        except (StorageError, ValueError) as error:
-            logger.warning("video %s: starts anew: %s", video.video_id, error)
-        else:
-            logger.info("video %s: goes on at frame %d", video.video_id, resumed.next_frame)
-            return resumed
-    spool.discard()  # whatever an earlier attempt left
-    return tracking()
+    def add(self, result: ChunkResult) -> None:
+        """The next chunk."""
+
+    def end(self, how: DecodeSummary | VideoEnd | VideoError) -> None:
+        """The video has ended."""
 
 
 def run_video(
     video: Video,
     engine: Engine,
-    tracking: VideoTracking,
+    tracking: Tracking,
     config: JobConfig,
     on_frames: Callable[[int], None] = lambda num_frames: None,
-) -> VideoOutcome:
+) -> None:
     """One video through decoder, models and tracker, in this process."""
     try:
         for item in read_chunks_isolated(video, config.video, start=tracking.next_frame):
             if isinstance(item, DecodeSummary):
-                return tracking.finish(item)
+                tracking.end(item)
+                return
             [result] = engine.run([item])
             tracking.add(result)
             on_frames(item.num_frames)
     except VideoError as error:
-        return tracking.fail(error)
+        tracking.end(error)
+        return
     raise FourdhError(f"video {video.video_id}: the decoder ended without saying how")
-
-
-def finished_outcome(spool: VideoSpool, video: Video, card: ModelCard) -> VideoOutcome | None:
-    """What an earlier run made of this very content with these models, None if it did not."""
-    metadata = spool.metadata()
-    if metadata is None or metadata["fingerprint"] != video_fingerprint(video, card):
-        return None
-    outcome = VideoOutcome(**metadata["outcome"])
-    return None if outcome.status == QUARANTINED else outcome  # a new run tries again
 
 
 def record_failure(
@@ -464,8 +639,8 @@ def record_failure(
     attempts: int,
 ) -> VideoOutcome:
     """Give a video up: nothing but its row in `videos` and its row in `failures`."""
-    spool = VideoSpool(store, shard.shard_id, video.video_id)
-    spool.discard()
+    spool = WorkSpool(store, shard.shard_id)
+    spool.begin(video.video_id)
     tracking = VideoTracking(
         video,
         shard_id=shard.shard_id,
@@ -475,7 +650,27 @@ def record_failure(
         spool=spool,
         models=TrackerModels(config),
     )
-    return tracking.fail(error, status=status, attempts=attempts)
+    outcome = tracking.fail(error, status=status, attempts=attempts)
+    spool.save()
+    return replace(outcome, spool=spool.name)
+
+
+class _KeptVideo:
+    """Rows of an earlier commit, with what the corpus of today says about the file."""
+
+    def __init__(self, earlier: PublishedShard, video: Video) -> None:
+        self._earlier = earlier
+        self._video = video
+
+    def read(self, name: str, video_id: str) -> Iterator[Any]:
+        for rows in self._earlier.read(name, video_id):
+            for column, value in _of_the_corpus(self._video).items():
+                if column in rows.schema.names:
+                    index = rows.schema.get_field_index(column)
+                    kind = rows.schema.field(index)
+                    values = pa.array([value] * rows.num_rows, kind.type)
+                    rows = rows.set_column(index, kind, values)
+            yield rows
 
 
 def publish(
@@ -484,26 +679,59 @@ def publish(
     card: ModelCard,
     shard: Shard,
     outcomes: Sequence[VideoOutcome],
+    earlier: CommitRecord | None = None,
 ) -> ShardReport:
-    """Merge the spools of all videos of a shard into its objects; the commit record comes last."""
-    commit = publish_shard(
-        store,
-        shard_id=shard.shard_id,
-        dataset=shard.dataset,
-        videos=[VideoSpool(store, shard.shard_id, v.video_id) for v in shard.videos],
-        fingerprint=shard.fingerprint(card.fingerprint),
-        config_fingerprint=fingerprint_of(to_dict(config)),
-        model_fingerprint=card.fingerprint,
-        timings_s={outcome.video_id: outcome.seconds for outcome in outcomes},
-    )
+    """Merge the rows of all videos of a shard into its objects; the commit record comes last.
+
+    Args:
+        outcomes: of the videos that were worked on.
+        earlier: the commit from whose objects the rows of all others are taken over.
+    """
+    published = PublishedShard(store, earlier) if earlier is not None else None
+    spools: dict[str, SavedSpool] = {}
+    rows_of: dict[str, VideoRows] = {}
+    spool_of = {outcome.video_id: outcome.spool for outcome in outcomes}
+    for video in shard.videos:
+        name = spool_of.get(video.video_id)
+        if name is not None:
+            if name not in spools:
+                spools[name] = SavedSpool(store, shard.shard_id, name)
+            rows_of[video.video_id] = spools[name]
+        else:
+            assert published is not None, f"video {video.video_id}: neither done nor kept"
+            rows_of[video.video_id] = _KeptVideo(published, video)
+    try:
+        commit = publish_shard(
+            store,
+            shard_id=shard.shard_id,
+            dataset=shard.dataset,
+            videos=rows_of,
+            fingerprint=shard.fingerprint(card.fingerprint),
+            config_fingerprint=fingerprint_of(to_dict(config)),
+            model_fingerprint=card.fingerprint,
+            timings_s={outcome.video_id: outcome.seconds for outcome in outcomes},
+        )
+    finally:
+        if published is not None:
+            published.close()
+    statuses = [outcome.status for outcome in outcomes]
     return ShardReport(
         shard_id=shard.shard_id,
-        outcomes=tuple(outcomes),
-        num_track_rows=commit.num_rows["tracks"],
-        num_detection_rows=commit.num_rows["detections"],
+        statuses={s: statuses.count(s) for s in STATUSES if s in statuses},
+        num_kept=len(shard.videos) - len(outcomes),
+        num_frames=sum(outcome.num_frames for outcome in outcomes),
+        num_people=sum(outcome.num_people for outcome in outcomes),
+        num_track_rows=sum(outcome.num_rows for outcome in outcomes),
         num_bytes=sum(record.num_bytes for record in commit.objects.values()),
-        commit=commit,
     )
+
+
+def _of_the_corpus(video: Video) -> dict[str, Any]:
+    """Columns of `videos` that come from the corpus alone, and may change without any work."""
+    return {
+        "uri": redact_uri(video.uri),
+        "manifest": video.extra or None,
+    }
 
 
 def _end_of(summary: DecodeSummary) -> VideoEnd:

@@ -7,19 +7,24 @@ shard's objects. A commit with another fingerprint than the plan's is redone.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from fourdh_batch.errors import OutputInUseError, SchemaError
+from fourdh_batch.errors import FourdhError, OutputInUseError, SchemaError
 from fourdh_batch.storage import Store, redact_uri, safe_key
+
+logger = logging.getLogger(__name__)
 
 COMMITS = "_commits"
 LEASES = "_lease"
@@ -27,7 +32,7 @@ LEASE_S = 120.0  # renew every third of it; a lost machine blocks its output so 
 LEASE_ATTEMPTS = 8
 NUM_READ_THREADS = 16
 CODE_VERSION = 2  # raised when the same inputs and settings give other rows
-RECORD_VERSION = 1  # of the JSON of a commit record
+RECORD_VERSION = 2  # of the JSON of a commit record; 1 lacked rows and details of videos
 
 
 def fingerprint_of(values: Mapping[str, Any]) -> str:
@@ -38,6 +43,11 @@ def fingerprint_of(values: Mapping[str, Any]) -> str:
     """
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def details_digest(extra: str) -> str:
+    """Digest of the other columns of a manifest, as JSON; "" without any."""
+    return blake2b(extra.encode(), digest_size=8).hexdigest() if extra else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +62,21 @@ class ObjectRecord:
 
 @dataclass(frozen=True, slots=True)
 class VideoRecord:
-    """One video of a finished shard: its content, and how it ended (see `videos.status`)."""
+    """One video of a finished shard.
+
+    Attributes:
+        video_id, content_fingerprint: as in `videos`.
+        status: how it ended, see `videos.status`.
+        num_rows: rows by table name; empty in records of version 1.
+        details: digest of the manifest's other columns as they stand in `videos`; None in records
+            of version 1.
+    """
 
     video_id: str
     content_fingerprint: str
     status: str
+    num_rows: Mapping[str, int] = field(default_factory=dict)
+    details: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +178,7 @@ class Lease:
         self._duration_s = duration_s
         self._nonce = secrets.token_hex(8)
         self._since_s = 0.0
+        self._lost: OutputInUseError | None = None
         self._number = 0
 
     def acquire(self) -> None:
@@ -186,6 +207,34 @@ class Lease:
         self._check_held()
         self._store.write_bytes(_lease_key(self._number), self._body())
         self._check_held()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Renew it in a thread of its own, whatever the caller is busy with; see `check`."""
+        stop = threading.Event()
+
+        def keep() -> None:
+            while not stop.wait(self._duration_s / 3):
+                try:
+                    self.renew()
+                except OutputInUseError as error:
+                    self._lost = error
+                    return
+                except FourdhError as error:  # it may work next time; if not, `renew` will tell
+                    logger.warning("lease not renewed: %s", error)
+
+        thread = threading.Thread(target=keep, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def check(self) -> None:
+        """Raises: OutputInUseError: `kept` found it lost."""
+        if self._lost is not None:
+            raise self._lost
 
     def release(self) -> None:
         """Give it back; nothing happens where it was lost."""

@@ -1,9 +1,9 @@
-"""Rows on their way to the store: spooled per video, then merged into one object per table.
+"""Rows on their way to the store: spooled, then merged into one object per table.
 
-While a video is being tracked its finished rows go to `_work/<shard>/<video>/` in parts of a few
-MiB, so memory does not grow with the video. `publish_shard` streams the parts of all its videos
-into local Parquet files, puts each under its final key with one PUT, writes the commit record
-last, and removes the parts.
+While videos are being tracked their finished rows go to `_work/<shard>/` in parts of a few MiB, so
+memory does not grow with a video. `publish_shard` streams the parts of all videos of a shard, and
+the rows of those that need no work from the published objects, into local Parquet files, puts each
+under its final key with one PUT, writes the commit record last, and removes the parts.
 
 Layout: `<table>/<dataset>/part-<shard>.parquet`. The folder is named by the plain dataset, not
 `dataset=<name>`: the column is also in the file, as a string. Measured with pyarrow 26, pandas 3.1
@@ -14,22 +14,32 @@ dictionary), and without the column in the file a dataset called ``007`` is read
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fourdh_batch.errors import SchemaError, StorageError
 from fourdh_batch.storage import Store, safe_key
-from fourdh_batch.tables.manifest import CommitRecord, ObjectRecord, VideoRecord, write_commit
+from fourdh_batch.tables.manifest import (
+    CommitRecord,
+    ObjectRecord,
+    VideoRecord,
+    details_digest,
+    write_commit,
+)
 from fourdh_batch.tables.schema import (
     TABLES,
     arrow_schema,
@@ -38,11 +48,14 @@ from fourdh_batch.tables.schema import (
     table_schema,
 )
 
+logger = logging.getLogger(__name__)
+
 WORK = "_work"
 # Rows of one row group: 3 MB of tracks. Larger ones save 0.5 % of space (1,433 bytes a row at
 # 2,048, 1,426 at 8,192) and make reading one ten-second clip out of a shard dearer.
 ROW_GROUP_ROWS = 2048
 SPOOL_PART_BYTES = 4 * 2**20
+_ROWS_PER_BATCH = 10_000
 
 
 def object_key(table: str, dataset: str, shard_id: str) -> str:
@@ -135,7 +148,27 @@ class ObjectWriter:
             self.record = ObjectRecord(self._key, self._path.stat().st_size, digest, self._num_rows)
 
 
-# --- rows of one video -------------------------------------------------------------------------
+def put_rows(store: Store, key: str, schema: Any, rows: Iterable[Sequence[Any]]) -> None:
+    """A small Parquet object that is no table of ours, e.g. a list beside the record of a run.
+
+    Args:
+        schema: of the columns.
+        rows: one value per column; consumed lazily.
+    """
+    rows = iter(rows)
+    with tempfile.TemporaryDirectory(prefix="fourdh-") as folder:
+        path = Path(folder) / "object.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            while batch := list(islice(rows, _ROWS_PER_BATCH)):
+                columns = [
+                    pa.array(values, field.type)
+                    for values, field in zip(zip(*batch, strict=True), schema, strict=True)
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        store.put_file(path, key)
+
+
+# --- rows of videos -------------------------------------------------------------------------
 
 
 class _OrderCheck:
@@ -232,35 +265,42 @@ class MemorySpool:
         return tables
 
 
-class VideoSpool:
-    """Rows of one video below `_work/`, from its first frame until its shard is published.
+class WorkSpool:
+    """Rows of some videos of a shard below `_work/<shard>/`, one video after another.
 
-    A part's name is unique, and `done.json` names the parts that count, so what an interrupted
-    or superseded writer left behind is never read.
+    Rows are written in parts of a few MiB, so memory does not grow with a video, and many short
+    videos share a part. What counts is what the writer's index names: `save` writes it, and rows
+    behind it are lost with their process. All names are the writer's own, so what an interrupted
+    or superseded writer left behind is never mixed in.
 
     Args:
         store: the output root.
-        shard_id: shard of the video.
-        video_id: of the video.
+        shard_id: shard of the videos.
         part_bytes: rows of this size are written as one part.
+    Attributes:
+        name: of this writer; `SavedSpool` reads by it what was saved.
     """
 
-    def __init__(
-        self, store: Store, shard_id: str, video_id: str, *, part_bytes: int = SPOOL_PART_BYTES
-    ) -> None:
-        self.video_id = video_id
+    def __init__(self, store: Store, shard_id: str, *, part_bytes: int = SPOOL_PART_BYTES) -> None:
+        self.name = secrets.token_hex(8)
         self._store = store
-        self._prefix = f"{WORK}/{safe_key(shard_id)}/{safe_key(video_id)}"
+        self._shard_id = shard_id
+        self._folder = work_folder(shard_id)
         self._part_bytes = part_bytes
-        self._start()
-
-    def _start(self) -> None:
-        self._writer_id = secrets.token_hex(4)
-        self._order = _OrderCheck(self.video_id)
         self._waiting: dict[str, list[Any]] = {name: [] for name in TABLES}
         self._num_bytes = dict.fromkeys(TABLES, 0)
         self._num_rows = dict.fromkeys(TABLES, 0)
-        self._parts: dict[str, list[str]] = {name: [] for name in TABLES}
+        self._parts: dict[str, list[tuple[str, int]]] = {name: [] for name in TABLES}
+        self._finished: list[_Extent] = []
+        self._video_id: str | None = None
+        self._first_row = dict(self._num_rows)
+        self._order = _OrderCheck("")
+
+    def begin(self, video_id: str) -> None:
+        """The rows that follow are of this video; those of an unfinished one are forgotten."""
+        self._video_id = video_id
+        self._first_row = dict(self._num_rows)
+        self._order = _OrderCheck(video_id)
 
     def append(self, name: str, table: Any) -> None:
         """Add rows of a table, in order.
@@ -277,6 +317,80 @@ class VideoSpool:
         if self._num_bytes[name] >= self._part_bytes:
             self._write_part(name)
 
+    def finish(self, metadata: Mapping[str, Any]) -> None:
+        """All rows of the video are there.
+
+        Args:
+            metadata: JSON-ready; must hold `track_len`, the number of rows by track id (as text),
+                and may hold whatever tells a later run that these rows can be used.
+        """
+        if self._video_id is None:
+            raise ValueError("expected begin() before finish()")
+        num_rows = {name: self._num_rows[name] - self._first_row[name] for name in TABLES}
+        total = sum(metadata["track_len"].values())
+        if total != num_rows["tracks"]:
+            raise SchemaError(
+                f"tracks, video {self._video_id}: track_len adds up to {total}, "
+                f"but {num_rows['tracks']} rows were appended"
+            )
+        extent = _Extent(self._video_id, self._first_row, num_rows, dict(metadata))
+        self._finished.append(extent)
+        self._video_id = None
+
+    def save(self, state: bytes = b"", *, fingerprint: str = "", position: int = 0) -> int:
+        """Write all waiting rows and the index; finished videos are safe from here on.
+
+        Args:
+            state: of whoever makes the rows of the unfinished video, as of its last row; empty
+                where it could not be continued.
+            fingerprint: of what the unfinished video's rows are made from.
+            position: the further, the larger; of several states of a video the furthest is used.
+        Returns:
+            Bytes of the index, with the state.
+        """
+        for name in TABLES:
+            self._write_part(name)
+        head: dict[str, Any] = {
+            "parts": self._parts,
+            "finished": [asdict(extent) for extent in self._finished],
+            "open": None,
+        }
+        if state:
+            assert self._video_id is not None, "a state belongs to an unfinished video"
+            head["open"] = {
+                "video_id": self._video_id,
+                "first_row": self._first_row,
+                "num_rows": self._num_rows,
+                "last": self._order.state(),
+                "fingerprint": fingerprint,
+                "position": position,
+            }
+        text = json.dumps(head).encode()
+        body = len(text).to_bytes(8, "little") + text + state
+        self._store.write_bytes(f"{self._folder}/{self.name}{_INDEX}", sha256(body).digest() + body)
+        return len(body)
+
+    def take_up(self, saved: SavedSpool) -> bytes:
+        """Go on with the unfinished video of another writer, behind the rows that it saved.
+
+        Returns:
+            The state that was saved with them.
+        Raises:
+            StorageError: rows are gone.
+        """
+        assert saved.unfinished is not None, "nothing to take up"
+        for part, _ in (part for parts in saved.parts.values() for part in parts):
+            if not self._store.exists(f"{self._folder}/{part}"):
+                raise StorageError(f"shard {self._shard_id}: {part} of a saved state is gone")
+        head = saved.unfinished
+        self._parts = {name: list(saved.parts[name]) for name in TABLES}
+        self._num_rows = {name: int(head["num_rows"][name]) for name in TABLES}
+        self._video_id = str(head["video_id"])
+        self._first_row = {name: int(head["first_row"][name]) for name in TABLES}
+        self._order = _OrderCheck(self._video_id)
+        self._order.restore(head["last"])
+        return saved.state
+
     def _write_part(self, name: str) -> None:
         if not self._waiting[name]:
             return
@@ -284,137 +398,190 @@ class VideoSpool:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, arrow_schema(name)) as writer:
             writer.write_table(rows)
-        part = f"{name}-{self._writer_id}-{len(self._parts[name]):05d}.arrow"
-        self._store.write_bytes(f"{self._prefix}/{part}", sink.getvalue().to_pybytes())
-        self._parts[name].append(part)
+        part = f"{self.name}-{name}-{len(self._parts[name]):05d}.arrow"
+        self._store.write_bytes(f"{self._folder}/{part}", sink.getvalue().to_pybytes())
+        self._parts[name].append((part, rows.num_rows))
         self._waiting[name] = []
         self._num_bytes[name] = 0
 
-    def checkpoint(self) -> dict[str, Any]:
-        """Write all waiting rows; the result, JSON-ready, is for `resume` in another process."""
-        for name in TABLES:
-            self._write_part(name)
-        return {
-            "parts": {name: list(parts) for name, parts in self._parts.items()},
-            "num_rows": dict(self._num_rows),
-            "last": self._order.state(),
-        }
 
-    def resume(self, checkpoint: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; rows appended after it are forgotten."""
-        self._start()
-        self._parts = {name: list(checkpoint["parts"][name]) for name in TABLES}
-        self._num_rows = {name: int(checkpoint["num_rows"][name]) for name in TABLES}
-        self._order.restore(checkpoint["last"])
+_INDEX = ".index"
 
-    def save(self, state: bytes, fingerprint: str) -> int:
-        """Write all waiting rows and, behind them, a state from which another process can go on.
 
-        Args:
-            state: of whoever makes the rows, as of the last appended one.
-            fingerprint: of what the rows are made from.
-        Returns:
-            Bytes of the object.
-        """
-        head = json.dumps({**self.checkpoint(), "fingerprint": fingerprint}).encode()
-        body = len(head).to_bytes(8, "little") + head + state
-        self._store.write_bytes(self._state_key, sha256(body).digest() + body)
-        return len(body)
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """Where the rows of one video lie among all rows of a writer, by table."""
 
-    def saved(self, fingerprint: str) -> bytes | None:
-        """The state that was last saved; this spool then goes on behind the rows from before it.
+    video_id: str
+    first_row: Mapping[str, int]
+    num_rows: Mapping[str, int]
+    metadata: Mapping[str, Any]
 
-        Returns:
-            None where nothing was saved, or it is damaged or for another fingerprint, or rows from
-            before it are gone: the video then starts anew.
-        """
-        try:
-            saved = self._store.read_bytes(self._state_key)
-        except FileNotFoundError:
-            return None
-        body = saved[sha256().digest_size :]
-        if sha256(body).digest() != saved[: sha256().digest_size]:
-            return None
+
+class SavedSpool:
+    """What a `WorkSpool` saved, read in whatever process.
+
+    Args:
+        store, shard_id: as for the writer.
+        name: of the writer.
+    Attributes:
+        name: as given.
+        finished: by video id, the metadata of the videos whose rows are all there.
+        unfinished: None, or JSON of the one that can be continued: `video_id`, `fingerprint`,
+            `position`, and more for `WorkSpool.take_up`.
+        parts: by table, the objects of the rows and their numbers of rows.
+        state: of the unfinished video.
+
+    Raises:
+        FileNotFoundError: nothing was saved.
+        StorageError: what was saved is damaged.
+    """
+
+    def __init__(self, store: Store, shard_id: str, name: str) -> None:
+        self.name = name
+        self._store = store
+        self._shard_id = shard_id
+        self._folder = work_folder(shard_id)
+        key = f"{self._folder}/{name}{_INDEX}"
+        data = store.read_bytes(key)
+        size = sha256().digest_size
+        body = data[size:]
+        if len(data) < size + 8 or sha256(body).digest() != data[:size]:
+            raise StorageError(f"shard {shard_id}: {key} is damaged")
         end = 8 + int.from_bytes(body[:8], "little")
-        checkpoint = json.loads(body[8:end])
-        if checkpoint["fingerprint"] != fingerprint:
-            return None
-        parts = [part for parts in checkpoint["parts"].values() for part in parts]
-        if not all(self._store.exists(f"{self._prefix}/{part}") for part in parts):
-            return None
-        self.resume(checkpoint)
-        return body[end:]
+        head = json.loads(body[8:end])
+        self.state = body[end:]
+        self.unfinished: dict[str, Any] | None = head["open"]
+        self.parts: dict[str, list[tuple[str, int]]] = {
+            table: [(part, int(rows)) for part, rows in parts]
+            for table, parts in head["parts"].items()
+        }
+        self._extents = {item["video_id"]: _Extent(**item) for item in head["finished"]}
+        self.finished = {name: extent.metadata for name, extent in self._extents.items()}
+        self._cached: tuple[str, Any] = ("", None)
 
-    @property
-    def _state_key(self) -> str:
-        return f"{self._prefix}/state.bin"
-
-    def finish(self, metadata: Mapping[str, Any]) -> None:
-        """All rows are there.
-
-        Args:
-            metadata: JSON-ready; must hold `track_len`, the number of rows by track id (as text),
-                and may hold whatever tells a later run that this spool can be used.
-        """
-        total = sum(metadata["track_len"].values())
-        if total != self._num_rows["tracks"]:
-            raise SchemaError(
-                f"tracks, video {self.video_id}: track_len adds up to {total}, "
-                f"but {self._num_rows['tracks']} rows were appended"
-            )
-        body = {**self.checkpoint(), "metadata": dict(metadata)}
-        self._store.write_bytes(self._done_key, json.dumps(body, indent=1).encode())
-
-    @property
-    def _done_key(self) -> str:
-        return f"{self._prefix}/done.json"
-
-    def _done(self) -> dict[str, Any] | None:
-        try:
-            body: dict[str, Any] = json.loads(self._store.read_bytes(self._done_key))
-        except FileNotFoundError:
-            return None
-        return body
-
-    def metadata(self) -> dict[str, Any] | None:
-        """What `finish` was given, in whatever process; None where the video is not finished."""
-        done = self._done()
-        return None if done is None else dict(done["metadata"])
-
-    def read(self, name: str) -> Iterator[Any]:
-        """The rows of a table as they would be published, part by part.
+    def read(self, name: str, video_id: str) -> Iterator[Any]:
+        """The rows of a table of one finished video as they would be published, part by part.
 
         Raises:
             StorageError: the video is not finished, or a part is missing or cut.
         """
-        done = self._done()
-        if done is None:
-            raise StorageError(f"video {self.video_id}: {self._done_key} is missing; not finished")
-        num_rows = 0
-        for part in done["parts"][name]:
-            key = f"{self._prefix}/{part}"
+        extent = self._extents.get(video_id)
+        if extent is None:
+            raise StorageError(f"shard {self._shard_id}, video {video_id}: not finished")
+        start, left = extent.first_row[name], extent.num_rows[name]
+        first = 0
+        for part, num_rows in self.parts[name]:
+            if left and first <= start < first + num_rows:
+                rows = self._part(part, num_rows, video_id).slice(start - first, left)
+                if name == "tracks":
+                    rows = _with_track_len(rows, extent.metadata["track_len"], video_id)
+                yield rows
+                start, left = start + rows.num_rows, left - rows.num_rows
+            first += num_rows
+        if left:
+            raise StorageError(f"video {video_id}: {left} rows of {name} are missing")
+
+    def _part(self, part: str, num_rows: int, video_id: str) -> Any:
+        """All rows of a part; the last one is kept, for the next video."""
+        if self._cached[0] != part:
+            key = f"{self._folder}/{part}"
             try:
                 with pa.ipc.open_stream(self._store.read_bytes(key)) as stream:
                     table = stream.read_all()
             except (OSError, pa.ArrowInvalid) as error:
-                raise StorageError(f"video {self.video_id}: {key}: {error}") from error
-            num_rows += table.num_rows
-            if name == "tracks":
-                table = _with_track_len(table, done["metadata"]["track_len"], self.video_id)
-            yield table
-        if num_rows != done["num_rows"][name]:
-            raise StorageError(
-                f"video {self.video_id}: expected {done['num_rows'][name]} rows of {name}, "
-                f"got {num_rows}"
-            )
+                raise StorageError(f"video {video_id}: {key}: {error}") from error
+            if table.num_rows != num_rows:
+                raise StorageError(
+                    f"video {video_id}: {key}: expected {num_rows} rows, got {table.num_rows}"
+                )
+            self._cached = (part, table)
+        return self._cached[1]
 
-    def discard(self) -> None:
-        """Remove everything that was spooled for this video and begin anew."""
-        self._store.delete_tree(self._prefix)
-        self._start()
+
+def saved_spools(store: Store, shard_id: str) -> list[SavedSpool]:
+    """Everything that was saved for a shard and not published; damaged ones are left out."""
+    spools = []
+    for key, _ in store.list(work_folder(shard_id)):
+        if not key.endswith(_INDEX):
+            continue
+        name = key.rpartition("/")[2].removesuffix(_INDEX)
+        try:
+            spools.append(SavedSpool(store, shard_id, name))
+        except (FileNotFoundError, StorageError) as error:
+            logger.warning("shard %s: saved rows are not used: %s", shard_id, error)
+    return spools
+
+
+class PublishedShard:
+    """Rows of single videos out of the published objects of a shard.
+
+    Args:
+        store: the output root.
+        commit: record of the shard.
+    """
+
+    def __init__(self, store: Store, commit: CommitRecord) -> None:
+        self._store = store
+        self._commit = commit
+        self._num_rows = {video.video_id: video.num_rows for video in commit.videos}
+        self._files: dict[str, Any] = {}
+        self._open = ExitStack()
+        self._cached: dict[str, tuple[int, Any]] = {}
+
+    def read(self, name: str, video_id: str) -> Iterator[Any]:
+        """The rows of a table of one video, row group by row group.
+
+        Raises:
+            StorageError: the object is gone or damaged, or does not hold the rows that were
+                committed.
+        """
+        key = self._commit.objects[name].key
+        where = f"shard {self._commit.shard_id}, video {video_id}: {key}"
+        found = 0
+        try:
+            for rows in self._groups(name, key, video_id):
+                found += rows.num_rows
+                yield rows
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(f"{where}: {error}") from error
+        expected = self._num_rows[video_id].get(name)
+        if found != expected:
+            raise StorageError(f"{where}: expected {expected} rows, got {found}")
+
+    def _groups(self, name: str, key: str, video_id: str) -> Iterator[Any]:
+        if name not in self._files:
+            stream = self._open.enter_context(self._store.open_read(key))
+            self._files[name] = pq.ParquetFile(stream)
+        file = self._files[name]
+        column = file.schema_arrow.get_field_index("video_id")
+        for number in range(file.metadata.num_row_groups):
+            statistics = file.metadata.row_group(number).column(column).statistics
+            if statistics is not None and statistics.has_min_max:
+                low, high = statistics.min, statistics.max
+                # A writer may cut long texts in statistics: then `high` is only a beginning.
+                if video_id < low or (video_id > high and not video_id.startswith(high)):
+                    continue
+            if self._cached.get(name, (-1, None))[0] != number:
+                self._cached[name] = (number, file.read_row_group(number))
+            rows = self._cached[name][1]
+            rows = rows.filter(pc.equal(rows["video_id"], video_id))
+            if rows.num_rows:
+                yield rows
+
+    def close(self) -> None:
+        """Close the objects."""
+        self._open.close()
 
 
 # --- shards ------------------------------------------------------------------------------------
+
+
+class VideoRows(Protocol):
+    """Where the rows of a video come from: `SavedSpool` or `PublishedShard`."""
+
+    def read(self, name: str, video_id: str) -> Iterator[Any]:
+        """The rows of a table, in order."""
 
 
 def publish_shard(
@@ -422,13 +589,13 @@ def publish_shard(
     *,
     shard_id: str,
     dataset: str,
-    videos: Sequence[VideoSpool],
+    videos: Mapping[str, VideoRows],
     fingerprint: str,
     config_fingerprint: str,
     model_fingerprint: str,
     timings_s: Mapping[str, float] | None = None,
 ) -> CommitRecord:
-    """Merge finished spools into one object per table and commit them.
+    """Merge the rows of videos into one object per table and commit them.
 
     Every table gets an object, also an empty one, so that `pd.read_parquet("<root>/tracks")`
     works for a corpus without people. All objects are made before the first is put.
@@ -436,19 +603,17 @@ def publish_shard(
     Args:
         store: the output root.
         shard_id, dataset: of the shard.
-        videos: finished spools, in any order; each holds one row of `videos`.
+        videos: by id, where its rows are; each has one row of `videos`.
         fingerprint: of the unit, see `CommitRecord`.
         config_fingerprint, model_fingerprint: see `CommitRecord`.
         timings_s: wall times, kept in the commit record only.
     Raises:
-        StorageError: the store failed, or a spool is not finished.
-        SchemaError: a spool does not fit, or a video is given twice.
+        StorageError: the store failed, or a video is not finished.
+        SchemaError: rows do not fit.
     """
-    ordered = sorted(videos, key=lambda video: video.video_id)
-    ids = [video.video_id for video in ordered]
-    if len(set(ids)) != len(ids):
-        raise SchemaError(f"shard {shard_id}: expected each video once, got {ids}")
-    records: list[VideoRecord] = []
+    ids = sorted(videos)
+    rows_of: dict[str, dict[str, int]] = {video_id: {} for video_id in ids}
+    described: list[dict[str, Any]] = []
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(
@@ -457,15 +622,18 @@ def publish_shard(
             for name in reversed(TABLES)  # left in the order of TABLES
         }
         for name in TABLES:
-            for video in ordered:
-                for table in video.read(name):
+            for video_id in ids:
+                count = 0
+                for table in videos[video_id].read(name, video_id):
                     writers[name].write(table)
+                    count += table.num_rows
                     if name == "videos":
-                        records += _video_records(table)
-        if [record.video_id for record in records] != ids:
+                        described += table.select(_OF_A_RECORD).to_pylist()
+                rows_of[video_id][name] = count
+        if [row["video_id"] for row in described] != ids:
             raise SchemaError(
                 f"shard {shard_id}: expected one row of videos for each of {ids}, "
-                f"got {[record.video_id for record in records]}"
+                f"got {[row['video_id'] for row in described]}"
             )
     record = CommitRecord(
         shard_id=shard_id,
@@ -473,7 +641,16 @@ def publish_shard(
         fingerprint=fingerprint,
         config_fingerprint=config_fingerprint,
         model_fingerprint=model_fingerprint,
-        videos=tuple(records),
+        videos=tuple(
+            VideoRecord(
+                video_id=row["video_id"],
+                content_fingerprint=row["content_fingerprint"],
+                status=row["status"],
+                num_rows=rows_of[row["video_id"]],
+                details=details_digest(row["manifest"] or ""),
+            )
+            for row in described
+        ),
         objects={name: writers[name].record for name in TABLES},
         schema_versions={name: schema_version(name) for name in TABLES},
         timings_s=dict(timings_s or {}),
@@ -483,11 +660,14 @@ def publish_shard(
     return record
 
 
+_OF_A_RECORD = ["video_id", "content_fingerprint", "status", "manifest"]
+
+
+def work_folder(shard_id: str) -> str:
+    """Where unpublished rows of a shard lie."""
+    return f"{WORK}/{safe_key(shard_id)}"
+
+
 def discard_work(store: Store, shard_id: str) -> None:
     """Remove what is left of a shard below `_work/`."""
-    store.delete_tree(f"{WORK}/{safe_key(shard_id)}")
-
-
-def _video_records(table: Any) -> list[VideoRecord]:
-    columns = ["video_id", "content_fingerprint", "status"]
-    return [VideoRecord(**row) for row in table.select(columns).to_pylist()]
+    store.delete_tree(work_folder(shard_id))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from fourdh_batch.cluster.decoding import Unit
 from fourdh_batch.cluster.tracker_actor import TrackerActor
 from fourdh_batch.config import load_config
 from fourdh_batch.pipeline.engine import model_card
@@ -89,16 +90,16 @@ def frames_per_s(folder: Path, words: list[str], num_chunks: int) -> float:
         ],
     )
     rng = np.random.default_rng(0)
-    chunks = [ray.put(chunk(i, rng, has_texture=TEXTURE in words)) for i in range(num_chunks + 1)]
+    chunks = [ray.put([chunk(i, rng, has_texture=TEXTURE in words)]) for i in range(num_chunks + 1)]
     tracker = TrackerActor.options(num_cpus=1).remote(config, model_card(config))
     video = Video("v", "v.mp4", 1, "fp")
-    ray.get(tracker.begin.remote("u", Shard("s", "d", (video,)), video))
-    ray.get(tracker.add.remote("u", chunks[0]))  # loads the models
+    ray.get(tracker.begin.remote(Unit("u", Shard("s", "d", (video,)))))
+    ray.get(tracker.work.remote("u", chunks[0]))  # loads the models
     start, under_way = time.perf_counter(), []
     for i in range(1, num_chunks + 1):
         due = start + i * CHUNK_FRAMES / FRAMES_PER_S
         time.sleep(max(0.0, due - time.perf_counter()))
-        under_way.append(tracker.add.remote("u", chunks[i]))
+        under_way.append(tracker.work.remote("u", chunks[i]))
         if len(under_way) >= DEPTH:
             ray.get(under_way.pop(0))
     ray.get(under_way)

@@ -166,7 +166,7 @@ def test_other_settings_redo_and_new_videos_add_only_their_shard(
     mine.add("c.mp4", num_frames=12, seed=3)
     mine.boxes.write_bytes(boxes)  # the same detector: only the video is new
     report = run_job(load_config(None, words))
-    assert [len(shard.outcomes) for shard in report.shards] == [1]
+    assert [shard.num_videos for shard in report.shards] == [1]
     assert all(p.stat().st_mtime_ns == at for p, at in parts.items())
     report = run_job(load_config(None, [*words, "tracker.max_age=3"]))
     assert len(report.shards) == 2
@@ -192,7 +192,7 @@ def test_a_smaller_input_loses_nothing_that_is_finished(tmp_path: Path, local_ra
     (mine.folder / "c.mp4").unlink()
     assert not run_job(load_config(None, words)).shards
     report = run_job(load_config(None, [*words, "plan.remove_missing=true"]))
-    assert [len(shard.outcomes) for shard in report.shards] == [1]
+    assert [(shard.num_videos, shard.num_kept) for shard in report.shards] == [(0, 1)]
     assert fb.read_table(str(out), "videos")["video_id"].tolist() == ["a.mp4"]
     assert len(list((out / "tracks").rglob("*.parquet"))) == 1
 
@@ -223,7 +223,7 @@ def test_a_killed_driver_is_continued_not_repeated(
     )
     try:
         deadline = time.monotonic() + 120
-        while not (done := list((tmp_path / "out").glob("_work/*/*/done.json"))):
+        while not (done := list((tmp_path / "out").glob("_work/*/*.index"))):
             assert driver.poll() is None, "the job ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from fourdh_batch.pipeline.following import TrackerModels
 from fourdh_batch.pipeline.plan import Shard, read_corpus
 from fourdh_batch.pipeline.reading import read_chunks
 from fourdh_batch.pipeline.records import ChunkResult, ModelCard
-from fourdh_batch.pipeline.shard import begin_video, video_fingerprint
+from fourdh_batch.pipeline.shard import SavedWork, UnitTracking
 from fourdh_batch.storage import Store
-from fourdh_batch.tables.writer import VideoSpool
+from fourdh_batch.tables.writer import SavedSpool
 from fourdh_batch.types import DecodeSummary
 from tests.media import BoxCorpus
 
@@ -52,6 +53,22 @@ class Parts:
         self.num_runs = 0
         self.undisturbed = self.track(frozenset())
 
+    def unit(self, store: Store, saved: str = "") -> UnitTracking:
+        """The video as a unit of its own, in parts of a few rows; saved when the test says."""
+        unit = UnitTracking(
+            self.shard, [self.video], self.config, self.card, self.models, store, saved=saved
+        )
+        unit._spool._part_bytes = 2000
+        return unit
+
+    @property
+    def shard(self) -> Shard:
+        return Shard("s", "d", (self.video,))
+
+    def found(self, store: Store) -> str:
+        """The spool from which the video can go on."""
+        return SavedWork(store, self.shard, self.card).unfinished.get("v.mp4", "")
+
     def track(self, saves: frozenset[int], *, lose: int = 0) -> dict[str, Any]:
         """Tables of the video, interrupted behind the chunks `saves`.
 
@@ -60,25 +77,22 @@ class Parts:
         """
         self.num_runs += 1
         store = Store(str(self.folder / f"run{self.num_runs}"))
-        shard = Shard("s", "d", (self.video,))
-        fingerprint = video_fingerprint(self.video, self.card)
-
-        def begin() -> tuple[Any, VideoSpool]:
-            spool = VideoSpool(store, "s", self.video.video_id, part_bytes=2000)
-            return begin_video(self.video, shard, spool, self.config, self.card, self.models), spool
-
-        tracking, spool = begin()
+        unit = self.unit(store)
         for number, result in enumerate(self.results):
-            tracking.add(result)
+            unit.add(result)
             if number in saves:
-                assert tracking.can_resume
-                assert spool.save(tracking.state(), fingerprint) > 0
+                unit._save()
                 for behind in self.results[number + 1 : number + 1 + lose]:
-                    tracking.add(behind)
-                tracking, spool = begin()
-                assert tracking.next_frame == result.frame_index[-1] + 1
-        tracking.finish(self.summary)
-        return {name: pd.concat([t.to_pandas() for t in spool.read(name)]) for name in COMPARED}
+                    unit.add(behind)
+                unit = self.unit(store, self.found(store))
+                assert unit.next_frame == result.frame_index[-1] + 1
+        unit.end(self.summary)
+        [outcome] = unit.close()
+        assert SavedWork(store, self.shard, self.card).outcomes == {"v.mp4": outcome}
+        spool = SavedSpool(store, "s", outcome.spool)
+        return {
+            name: pd.concat([t.to_pandas() for t in spool.read(name, "v.mp4")]) for name in COMPARED
+        }
 
 
 def assert_same(a: dict[str, pd.DataFrame], b: dict[str, pd.DataFrame]) -> None:
@@ -110,46 +124,35 @@ def test_looks_are_saved_too(tmp_path: Path) -> None:
 
 def test_a_state_of_other_models_or_with_lost_rows_is_not_used(long: Parts, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    shard = Shard("s", "d", (long.video,))
-    spool = VideoSpool(store, "s", "v.mp4")
-    tracking = begin_video(long.video, shard, spool, long.config, long.card, long.models)
+    unit = long.unit(store)
     for result in long.results[:9]:
-        tracking.add(result)
-    spool.save(tracking.state(), video_fingerprint(long.video, long.card))
-
-    assert VideoSpool(store, "s", "v.mp4").saved("another fingerprint") is None
-    good = VideoSpool(store, "s", "v.mp4")
-    assert (
-        begin_video(long.video, shard, good, long.config, long.card, long.models).next_frame
-        == 9 * 16
-    )
-    [part, *_] = tmp_path.rglob("detections-*.arrow")
+        unit.add(result)
+    unit._save()
+    name = long.found(store)
+    others = replace(long.card, fingerprint="another")
+    assert SavedWork(store, long.shard, others).unfinished == {}
+    assert long.unit(store, name).next_frame == 9 * 16
+    [part, *_] = tmp_path.rglob("*-detections-*.arrow")
     part.unlink()
-    afresh = VideoSpool(store, "s", "v.mp4")
-    begun = begin_video(long.video, shard, afresh, long.config, long.card, long.models)
-    assert begun.next_frame == 0
-    assert not list(tmp_path.rglob("*.arrow"))
+    assert long.unit(store, name).next_frame == 0
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 30, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}"])
 def test_a_damaged_state_means_starting_anew(long: Parts, tmp_path: Path, damage: bytes) -> None:
     store = Store(str(tmp_path))
-    shard = Shard("s", "d", (long.video,))
-    spool = VideoSpool(store, "s", "v.mp4")
-    tracking = begin_video(long.video, shard, spool, long.config, long.card, long.models)
-    tracking.add(long.results[0])
-    spool.save(tracking.state(), video_fingerprint(long.video, long.card))
-    [saved] = tmp_path.rglob("state.bin")
+    unit = long.unit(store)
+    unit.add(long.results[0])
+    unit._save()
+    name = long.found(store)
+    [saved] = tmp_path.rglob("*.index")
     whole = saved.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 64
     begun_wrong = (damage or b"\1") + whole[max(1, len(damage)) :]
     for body in (damage, whole[:-20] + damage, begun_wrong, bytes(flipped)):
-        saved.parent.mkdir(parents=True, exist_ok=True)
         saved.write_bytes(body)
-        anew = VideoSpool(store, "s", "v.mp4")
-        begun = begin_video(long.video, shard, anew, long.config, long.card, long.models)
-        assert begun.next_frame == 0
+        assert long.found(store) == ""
+        assert long.unit(store, name).next_frame == 0
 
 
 def test_a_killed_tracking_process_redoes_only_what_is_behind_its_saved_state(

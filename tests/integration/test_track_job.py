@@ -32,7 +32,7 @@ from fourdh_batch.pipeline.retrack import resolved, retrack
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.manifest import Lease
 from fourdh_batch.tables.schema import make_table
-from fourdh_batch.tables.writer import VideoSpool, publish_shard
+from fourdh_batch.tables.writer import SavedSpool, WorkSpool, publish_shard
 from tests import pose_files
 from tests.pose_files import WRITERS, walkers
 
@@ -120,10 +120,11 @@ def test_a_rerun_does_nothing_and_other_settings_or_poses_redo(tmp_path: Path) -
 
     pose_files.write_npz(tmp_path / "in" / "c.npz", pose_files.npz_content(w))
     report = run(tmp_path / "in", out)
-    assert [o.video_id for o in report.outcomes] == ["c"]
+    assert ([shard.num_videos for shard in report.shards], report.changes) == ([1], {"new": 1})
     content = pose_files.npz_content(w) | {"score": np.full(20, 0.5)}
     pose_files.write_npz(tmp_path / "in" / "c.npz", content)
-    assert [o.video_id for o in run(tmp_path / "in", out).outcomes] == ["c"]
+    report = run(tmp_path / "in", out)
+    assert ([shard.num_videos for shard in report.shards], report.changes) == ([1], {"changed": 1})
 
     (tmp_path / "in" / "a.npz").unlink()
     with pytest.raises(ManifestError, match="would remove 1 finished videos"):
@@ -357,8 +358,9 @@ def test_output_without_stored_bodies_is_tracked_from_its_tracks(tmp_path: Path)
 def test_what_the_decoder_said_is_kept(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "first"))
     names = {"dataset": "d", "uri": "/v.mp4", "content_fingerprint": "c", "model_fingerprint": "m"}
+    spool = WorkSpool(store, "s")
     for video_id, status in (("gone.mp4", "failed"), ("part.mp4", "partial")):
-        spool = VideoSpool(store, "s", video_id)
+        spool.begin(video_id)
         row = {
             **names,
             "video_id": video_id,
@@ -386,12 +388,13 @@ def test_what_the_decoder_said_is_kept(tmp_path: Path) -> None:
         }
         spool.append("failures", make_table("failures", failure, num_rows=1))
         spool.finish({"track_len": {}})
-    spools = [VideoSpool(store, "s", name) for name in ("gone.mp4", "part.mp4")]
+    spool.save()
+    saved = SavedSpool(store, "s", spool.name)
     publish_shard(
         store,
         shard_id="s",
         dataset="d",
-        videos=spools,
+        videos={"gone.mp4": saved, "part.mp4": saved},
         fingerprint="f",
         config_fingerprint="c",
         model_fingerprint="m",

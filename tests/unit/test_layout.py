@@ -28,7 +28,10 @@ DOORS: dict[str, set[str]] = {
     "av": {"video.scan", "video.decode", "view.overlay", "synthetic.corpus"},
     "decord": {"video.decode"},
     "cv2": {"video.shots", "models.detector", "models.detector_onnx", "view.overlay"},
-    "ray": {"cluster.decoding", "cluster.model_actor", "cluster.run", "cluster.tracker_actor"},
+    "ray": {
+        *("cluster.decoding", "cluster.metrics", "cluster.model_actor", "cluster.run"),
+        "cluster.tracker_actor",
+    },
     "smplx": {"models.smpl"},
     "onnxruntime": {"models.detector_onnx"},
     "transformers": {"models.detector_transformers"},

@@ -64,9 +64,31 @@ def test_what_is_no_commit_record_is_named(tmp_path: Path, data: bytes) -> None:
 def test_a_commit_record_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     body = json.loads(record().to_json())
-    store.write_bytes(commit_key("s1"), json.dumps({**body, "record_version": 2}).encode())
+    store.write_bytes(commit_key("s1"), json.dumps({**body, "record_version": 99}).encode())
     with pytest.raises(SchemaError, match="needs a newer fourdh_batch"):
         read_commits(store)
+
+
+def test_a_commit_record_of_version_1_knows_less_of_its_videos(tmp_path: Path) -> None:
+    body = json.loads(record().to_json())
+    for video in body["videos"]:
+        del video["num_rows"], video["details"]
+    old = CommitRecord.from_json(json.dumps({**body, "record_version": 1}).encode(), "k")
+    assert {(tuple(v.num_rows), v.details) for v in old.videos} == {((), None)}
+
+
+def test_a_lease_is_renewed_beside_the_work_and_tells_when_it_is_lost(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with Lease(store, duration_s=0.3) as lease, lease.kept():
+        time.sleep(0.7)
+        with pytest.raises(OutputInUseError):
+            Lease(store).acquire()
+        lease.check()
+        for key, _ in store.list("_lease"):
+            store.delete(key)
+        time.sleep(1)
+        with pytest.raises(OutputInUseError, match="its object was deleted"):
+            lease.check()
 
 
 def test_fingerprints_depend_on_content_not_on_order() -> None:

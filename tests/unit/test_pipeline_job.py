@@ -7,32 +7,46 @@ from pathlib import Path
 import pytest
 
 from fourdh_batch.pipeline import job
+from fourdh_batch.pipeline.increment import ShardWork
 from fourdh_batch.pipeline.job import Ledger, Progress, RunReport
 from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.records import ModelCard
-from fourdh_batch.pipeline.shard import OK, QUARANTINED, VideoOutcome
+from fourdh_batch.pipeline.shard import OK, QUARANTINED, ShardReport, VideoOutcome
 from fourdh_batch.storage import Store
+from fourdh_batch.tables.manifest import CommitRecord, VideoRecord
 
 CARD = ModelCard("m", "w", "official", "open", "boxes", "location")
-SHARDS = [
-    Shard("s1", "d", (Video("a", "/a", 10, "fa"), Video("b", "/b", 20, "fb"))),
-    Shard("s2", "d", (Video("c", "/c", 30, "fc"),)),
-]
+BEFORE = CommitRecord(
+    *("s1", "d", "f", "c", "m"), (VideoRecord("k", "fk", QUARANTINED, {"tracks": 0}),), {}, {}
+)
+FIRST = Shard(
+    "s1", "d", (Video("a", "/a", 10, "fa"), Video("b", "/b", 20, "fb"), Video("k", "/k", 9, "fk"))
+)
+SECOND = Shard("s2", "d", (Video("c", "/c", 30, "fc"),))
+TODO = [ShardWork(FIRST, frozenset("k"), BEFORE), ShardWork(SECOND)]
+TOTALS = Progress(0, 3, 0, 60, 0, 0, 2)
 
 
-def ledger_of(tmp_path: Path, seen: list[Progress], renewed: list[int]) -> Ledger:
+def ledger_of(
+    tmp_path: Path, seen: list[Progress], ticks: list[Progress], num_begun: int = 2
+) -> Ledger:
     report = RunReport("r", str(tmp_path), CARD)
-    return Ledger(
-        Store(str(tmp_path)), SHARDS, report, lambda: renewed.append(1), on_progress=seen.append
-    )
+    store = Store(str(tmp_path))
+    ledger = Ledger(store, TODO, TOTALS, report, seen.append, ticks.append)
+    for _ in range(num_begun):
+        assert ledger.next_shard() is not None
+    return ledger
 
 
 def test_a_shard_is_complete_with_its_last_video_in_the_order_of_its_plan(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path, [], [])
-    assert ledger.done(SHARDS[0], VideoOutcome("b", OK, num_frames=5)) is None
-    complete = ledger.done(SHARDS[0], VideoOutcome("a", OK, num_frames=7))
+    assert ledger.next_shard() is None
+    assert ledger.done(FIRST, VideoOutcome("b", OK, num_frames=5)) is None
+    complete = ledger.done(FIRST, VideoOutcome("a", OK, num_frames=7))
     assert complete is not None
     assert [outcome.video_id for outcome in complete] == ["a", "b"]
+    assert ledger.done(FIRST, VideoOutcome("a", OK, num_frames=7)) is None  # counted once
+    assert ledger.num_videos_left == 1
     now = ledger.progress(frames_running=3)
     assert now == Progress(
         videos_done=2,
@@ -45,31 +59,34 @@ def test_a_shard_is_complete_with_its_last_video_in_the_order_of_its_plan(tmp_pa
     )
 
 
+def test_rows_that_were_kept_count_among_the_videos_of_the_corpus(tmp_path: Path) -> None:
+    ledger = ledger_of(tmp_path, [], [])
+    ledger.published(ShardReport("s1", {OK: 2}, 1, 12, 3, 40, 999))
+    report = ledger.report
+    assert (report.videos(OK), report.videos(QUARANTINED), report.exit_code) == (2, 1, 3)
+
+
 def test_a_failed_shard_takes_no_more_videos_and_ends_the_run_with_1(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path, [], [])
-    ledger.fail(SHARDS[1], "the store is full")
-    assert ledger.has_failed(SHARDS[1])
-    assert ledger.done(SHARDS[1], VideoOutcome("c", OK)) is None
+    ledger.fail(SECOND, "the store is full")
+    assert ledger.has_failed(SECOND)
+    assert ledger.done(SECOND, VideoOutcome("c", OK)) is None
     assert ledger.report.failed_shards == {"s2": "the store is full"}
     assert ledger.report.exit_code == 1
 
 
-def test_lease_and_progress_are_cared_for_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_is_shown_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Progress] = []
-    renewed: list[int] = []
-    ledger = ledger_of(tmp_path, seen, renewed)
+    ticks: list[Progress] = []
+    ledger = ledger_of(tmp_path, seen, ticks)
     ledger.tick()
-    assert (seen, renewed) == ([], [])
+    assert (seen, ticks) == ([], [])
     monkeypatch.setattr(job, "PROGRESS_S", -1.0)
     ledger.tick(lambda: 4)
     assert seen[0].frames_done == 4
-    monkeypatch.setattr(job, "LEASE_S", -1.0)
-    ledger.tick()
-    assert renewed == [1]
+    assert ticks == seen
     ledger.close()
-    assert len(seen) == 3
+    assert len(seen) == 2
 
 
 def test_videos_of_now_and_before_are_counted_together() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,9 +16,25 @@ from fourdh_batch.errors import SchemaError, StorageError
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.manifest import read_commits
 from fourdh_batch.tables.schema import TABLES, arrow_schema
-from fourdh_batch.tables.writer import MemorySpool, ObjectWriter, VideoSpool, object_key
+from fourdh_batch.tables.writer import (
+    MemorySpool,
+    ObjectWriter,
+    PublishedShard,
+    SavedSpool,
+    WorkSpool,
+    object_key,
+    publish_shard,
+    saved_spools,
+)
 from tests.table_rows import finished_spool, publish, tracks_table, videos_table
 
+OF_A_SHARD = {
+    "shard_id": "s1",
+    "dataset": "ava",
+    "fingerprint": "f",
+    "config_fingerprint": "c",
+    "model_fingerprint": "m",
+}
 HOSTILE = ["../x", "a/b", "Grüße 映像", ".", "..", "CON", "dots...", "_hidden", "=", "%2F", "~"]
 HOSTILE += ["x" * 300, " ", ""]
 
@@ -108,17 +125,23 @@ def test_an_exception_keeps_the_object_of_before(tmp_path: Path) -> None:
 def test_a_spool_that_is_not_finished_stops_the_shard_and_leaves_no_object(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     done = finished_spool(store, "a", 10)
-    half = VideoSpool(store, "s1", "b")
+    half = WorkSpool(store, "s1")
+    half.begin("b")
     half.append("tracks", tracks_table("b", 10))
-    with pytest.raises(StorageError, match=r"video b: .*not finished"):
-        publish(store, [done, half])
+    half.save()
+    saved = SavedSpool(store, "s1", half.name)
+    with pytest.raises(StorageError, match=r"video b: not finished"):
+        publish_shard(store, videos={"a": done, "b": saved}, **OF_A_SHARD)
     assert {key.split("/")[0] for key, _ in store.list()} == {"_work"}
 
 
 def test_a_video_without_its_row_in_videos_stops_the_shard(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    spool = VideoSpool(store, "s1", "a")
+    spool = WorkSpool(store, "s1")
+    spool.begin("a")
     spool.finish({"track_len": {}})
+    spool.save()
+    spool = SavedSpool(store, "s1", spool.name)
     with pytest.raises(SchemaError, match="expected one row of videos for each of"):
         publish(store, [spool])
     assert {key.split("/")[0] for key, _ in store.list()} == {"_work"}
@@ -129,7 +152,9 @@ def test_hostile_ids_stay_inside_the_root_and_apart(tmp_path: Path, video_id: st
     root = tmp_path / "deep" / "root"
     store = Store(str(root))
     spools = [finished_spool(store, v, 10, part_bytes=1) for v in (video_id, video_id + "x")]
-    assert [len(list(spool.read("tracks"))) for spool in spools] == [1, 1]
+    for spool in spools:
+        [name] = spool.finished
+        assert len(list(spool.read("tracks", name))) == 1
     publish(store, spools)
     assert {p.relative_to(tmp_path).parts[:2] for p in tmp_path.rglob("*") if p.is_file()} == {
         ("deep", "root")
@@ -139,7 +164,8 @@ def test_hostile_ids_stay_inside_the_root_and_apart(tmp_path: Path, video_id: st
 
 
 def test_rows_out_of_order_or_twice_are_refused(tmp_path: Path) -> None:
-    spool = VideoSpool(Store(str(tmp_path)), "s1", "a")
+    spool = WorkSpool(Store(str(tmp_path)), "s1")
+    spool.begin("a")
     spool.append("tracks", tracks_table("a", 5, first=5))
     with pytest.raises(SchemaError, match=r"got \(9, 1\) after \(9, 2\)"):
         spool.append("tracks", tracks_table("a", 5, first=9))
@@ -148,54 +174,167 @@ def test_rows_out_of_order_or_twice_are_refused(tmp_path: Path) -> None:
 
 
 def test_track_lengths_must_add_up(tmp_path: Path) -> None:
-    spool = VideoSpool(Store(str(tmp_path)), "s1", "a")
+    store = Store(str(tmp_path))
+    spool = WorkSpool(store, "s1")
+    spool.begin("a")
     spool.append("tracks", tracks_table("a", 5))
     with pytest.raises(SchemaError, match="adds up to 9, but 10 rows"):
         spool.finish({"track_len": {"1": 9}})
     spool.finish({"track_len": {"1": 5, "3": 5}})
+    spool.save()
     with pytest.raises(SchemaError, match=r"lacks the tracks \[2\]"):
-        list(spool.read("tracks"))
+        list(SavedSpool(store, "s1", spool.name).read("tracks", "a"))
 
 
-def test_a_spool_resumes_from_its_checkpoint_and_forgets_what_came_after(tmp_path: Path) -> None:
+def rows(spool: SavedSpool, video_id: str, name: str = "tracks") -> list[int]:
+    """Frames of a finished video."""
+    return [f for t in spool.read(name, video_id) for f in t.column("frame_index").to_pylist()]
+
+
+@pytest.mark.parametrize("part_bytes", [1, 2**20])
+def test_a_spool_goes_on_from_what_was_saved_and_forgets_what_came_after(
+    tmp_path: Path, part_bytes: int
+) -> None:
     store = Store(str(tmp_path))
-    first = VideoSpool(store, "s1", "a", part_bytes=1)
+    first = WorkSpool(store, "s1", part_bytes=part_bytes)
+    first.begin("0")
+    first.append("tracks", tracks_table("0", 7))
+    first.finish({"track_len": {"1": 7, "2": 7}})
+    first.begin("a")
     first.append("tracks", tracks_table("a", 10))
-    checkpoint = first.checkpoint()
+    first.save(b"state", fingerprint="f", position=10)
     first.append("tracks", tracks_table("a", 10, first=10))  # lost with its process
 
-    second = VideoSpool(store, "s1", "a", part_bytes=1)
-    second.resume(checkpoint)
+    saved = SavedSpool(store, "s1", first.name)
+    assert saved.unfinished is not None
+    assert [saved.unfinished[k] for k in ("video_id", "fingerprint", "position")] == ["a", "f", 10]
+    assert rows(saved, "0") == [f for f in range(7) for _ in range(2)]
+    second = WorkSpool(store, "s1", part_bytes=part_bytes)
+    assert second.take_up(saved) == b"state"
+    with pytest.raises(SchemaError, match="expected increasing"):
+        second.append("tracks", tracks_table("a", 5, first=9))
     second.append("tracks", tracks_table("a", 5, first=10))
     second.append("videos", videos_table("a"))
     second.finish({"track_len": {"1": 15, "2": 15}})
-    frames = [t.column("frame_index").to_pylist()[-1] for t in second.read("tracks")]
-    assert frames == [9, 14]
+    second.begin("b")
+    second.append("tracks", tracks_table("b", 3))
+    second.finish({"track_len": {"1": 3, "2": 3}})
+    second.save()
+    done = SavedSpool(store, "s1", second.name)
+    assert rows(done, "a") == [f for f in range(15) for _ in range(2)]
+    assert rows(done, "b") == [0, 0, 1, 1, 2, 2]
+    assert sorted(done.finished) == ["a", "b"]
+    assert done.unfinished is None
+    with pytest.raises(StorageError, match="video c: not finished"):
+        list(done.read("tracks", "c"))
+
+
+def test_many_short_videos_share_a_few_objects(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    spool = WorkSpool(store, "s1")
+    for k in range(50):
+        spool.begin(f"{k:02d}")
+        spool.append("tracks", tracks_table(f"{k:02d}", 3))
+        spool.append("videos", videos_table(f"{k:02d}"))
+        spool.finish({"track_len": {"1": 3, "2": 3}})
+    spool.save()
+    assert len(store.list("_work")) == 3  # rows of two tables and the index
+    record = publish(store, [SavedSpool(store, "s1", spool.name)])
+    assert record.num_rows["tracks"] == 300
+    assert {video.num_rows["tracks"] for video in record.videos} == {6}
+    assert not store.list("_work")
+
+
+def test_a_video_that_was_given_up_leaves_no_rows_behind(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    spool = WorkSpool(store, "s1")
+    spool.begin("a")
+    spool.append("tracks", tracks_table("a", 4))
+    spool.begin("b")  # instead of finishing
+    spool.append("tracks", tracks_table("b", 2))
+    spool.finish({"track_len": {"1": 2, "2": 2}})
+    spool.save()
+    assert rows(SavedSpool(store, "s1", spool.name), "b") == [0, 0, 1, 1]
 
 
 def test_a_superseded_writer_cannot_mix_its_rows_in(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    old = VideoSpool(store, "s1", "a", part_bytes=1)
+    old, new = (WorkSpool(store, "s1", part_bytes=1) for _ in range(2))
+    for spool in (old, new):
+        spool.begin("a")
     old.append("tracks", tracks_table("a", 10))
-    new = VideoSpool(store, "s1", "a", part_bytes=1)
-    new.discard()
     new.append("tracks", tracks_table("a", 3))
     old.append("tracks", tracks_table("a", 10, first=10))
     new.finish({"track_len": {"1": 3, "2": 3}})
-    assert sum(t.num_rows for t in new.read("tracks")) == 6
-    assert VideoSpool(store, "s1", "a").metadata() == {"track_len": {"1": 3, "2": 3}}
+    new.save()
+    [saved] = saved_spools(store, "s1")
+    assert saved.name == new.name
+    assert rows(saved, "a") == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_lost_part_is_noticed(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    spool = finished_spool(store, "a", 20, part_bytes=1)
-    [part, _] = [key for key, _ in store.list("_work") if "/tracks-" in key]
+    finished_spool(store, "a", 20, part_bytes=1)
+    [part, _] = [key for key, _ in store.list("_work") if "-tracks-" in key]
     store.write_bytes(part, store.read_bytes(part)[:-500])
-    with pytest.raises(StorageError, match="video a: _work/s1/a/tracks-"):
-        list(spool.read("tracks"))
-    store.delete(part)
-    with pytest.raises(StorageError, match="video a: _work/s1/a/tracks-"):
-        list(spool.read("tracks"))
+    for _ in range(2):
+        [spool] = saved_spools(store, "s1")
+        with pytest.raises(StorageError, match=r"video a: _work/s1/[0-9a-f]+-tracks-"):
+            list(spool.read("tracks", "a"))
+        store.delete(part)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 20, b"x" * 80])
+def test_a_damaged_index_is_not_used(
+    tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(str(tmp_path))
+    finished_spool(store, "a", 20)
+    [index] = [key for key, _ in store.list("_work") if key.endswith(".index")]
+    whole = store.read_bytes(index)
+    for body in (damage, whole[:-9] + damage, damage + whole[max(1, len(damage)) :]):
+        store.write_bytes(index, body)
+        assert saved_spools(store, "s1") == []
+        assert "saved rows are not used" in caplog.text
+
+
+# --- rows of before ----------------------------------------------------------------------------
+
+
+def test_rows_of_single_videos_are_taken_out_of_published_objects(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    names = ["a", "ab", "b", "ü"]
+    spools = [finished_spool(store, v, 1500, step=500) for v in names]  # several row groups
+    before = publish(store, spools)
+    body = store.read_bytes(before.objects["tracks"].key)
+    earlier = PublishedShard(store, before)
+    again = finished_spool(store, "ab", 10)
+    record = publish_shard(
+        store, videos={"a": earlier, "b": earlier, "ab": again, "ü": earlier}, **OF_A_SHARD
+    )
+    earlier.close()
+    assert [video.num_rows["tracks"] for video in record.videos] == [3000, 20, 3000, 3000]
+    tracks = pq.read_table(tmp_path / "tracks")
+    assert tracks.filter(pc.equal(tracks["video_id"], "ab")).num_rows == 20
+    # and back: as if nothing had been taken over
+    last = PublishedShard(store, record)
+    whole = finished_spool(store, "ab", 1500, step=500)
+    publish_shard(store, videos={"ab": whole, **dict.fromkeys("abü", last)}, **OF_A_SHARD)
+    last.close()
+    assert store.read_bytes(before.objects["tracks"].key) == body
+
+
+def test_rows_of_before_that_are_not_those_committed_are_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    record = publish(store, [finished_spool(store, "a", 10)])
+    publish(store, [finished_spool(store, "a", 20)])  # behind its back
+    earlier = PublishedShard(store, record)
+    with pytest.raises(StorageError, match=r"video a: .*expected 20 rows, got 40"):
+        list(earlier.read("tracks", "a"))
+    earlier.close()
+    store.delete(record.objects["tracks"].key)
+    with pytest.raises(StorageError, match=r"video a: tracks/ava/part-s1\.parquet"):
+        list(PublishedShard(store, record).read("tracks", "a"))
 
 
 def test_memory_and_store_spools_give_the_same_rows(tmp_path: Path) -> None:
@@ -208,8 +347,8 @@ def test_memory_and_store_spools_give_the_same_rows(tmp_path: Path) -> None:
         memory.tables()
     memory.finish({"track_len": {"1": 30, "2": 30}})
     tables = memory.tables()
-    assert tables["tracks"] == pa.concat_tables(list(stored.read("tracks")))
-    assert tables["videos"] == pa.concat_tables(list(stored.read("videos")))
+    assert tables["tracks"] == pa.concat_tables(list(stored.read("tracks", "a")))
+    assert tables["videos"] == pa.concat_tables(list(stored.read("videos", "a")))
     assert tables["failures"] == arrow_schema("failures").empty_table()
 
 

@@ -13,13 +13,14 @@ CODE = """
 import json, resource, sys
 import pyarrow as pa
 from fourdh_batch.storage import Store
-from fourdh_batch.tables.writer import VideoSpool
+from fourdh_batch.tables.writer import SavedSpool, WorkSpool
 from tests.table_rows import publish, tracks_table, videos_table
 
 root, num_rows = sys.argv[1], int(sys.argv[2])
 store = Store(root)
 step = 500
-spool = VideoSpool(store, "s1", "a")
+spool = WorkSpool(store, "s1")
+spool.begin("a")
 rows = tracks_table("a", step)
 index = rows.schema.get_field_index("frame_index")
 field = rows.schema.field(index)
@@ -28,7 +29,8 @@ for first in range(0, num_rows // 2, step):
     spool.append("tracks", rows.set_column(index, field, pa.array(frames + first)))
 spool.append("videos", videos_table("a"))
 spool.finish({"track_len": {"1": num_rows // 2, "2": num_rows // 2}})
-record = publish(store, [spool])
+spool.save()
+record = publish(store, [SavedSpool(store, "s1", spool.name)])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"rows": record.num_rows["tracks"], "peak": peak}))
 """
