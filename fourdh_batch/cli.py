@@ -14,9 +14,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 from rich.console import Console
@@ -27,17 +28,25 @@ from rich.table import Table
 from fourdh_batch import __version__
 from fourdh_batch.config import JobConfig, describe_settings, load_config, require
 from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
+from fourdh_batch.pipeline.corpus import stream_corpus
 from fourdh_batch.pipeline.dry_run import MAX_HEADERS, MAX_SHARDS, DryRun, dry_run
 from fourdh_batch.pipeline.job import OnProgress, RunReport, summary_of
 from fourdh_batch.pipeline.job import Progress as JobProgress
+from fourdh_batch.pipeline.plan import read_generations
 from fourdh_batch.pipeline.records import UNTRAINED
+from fourdh_batch.pipeline.status import RUNNING, status_of
+from fourdh_batch.storage import Store
 from fourdh_batch.tables.reader import read_table, read_tracks
+from fourdh_batch.tables.release import ReleaseProgress, release_root
+from fourdh_batch.tables.verify import VerifyProgress, VerifyReport, verify_root
 from fourdh_batch.video.decode import VideoReader
 
 logger = logging.getLogger(__name__)
 
 DONE, FAIL, USAGE = 0, 1, 2
 LOG_EVERY_S = 10.0
+MAX_LINES = 50  # problems that are printed
+_MIB = 1 << 20
 
 app = typer.Typer(
     name="fourdh",
@@ -113,6 +122,117 @@ def plan_command(
         return DONE
 
     raise typer.Exit(_guarded(plan))
+
+
+@app.command("status")
+def status_command(
+    output: Annotated[str, typer.Argument(help="Root of the tables.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Its newest run; else the newest of all.", show_default=False)
+    ] = None,
+    watch: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="Look again until the run has ended.")
+    ] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a run is, or how it ended, from storage alone.
+
+    Example: fourdh status /data/tables --watch 30
+    """
+
+    def look() -> int:
+        status = None
+        while True:
+            status = status_of(output, dataset=dataset, before=status)
+            text = json.dumps(status.to_dict()) if as_json else "\n".join(status.lines())
+            typer.echo(text)
+            if not watch or status.state != RUNNING:
+                return DONE
+            time.sleep(watch)
+
+    raise typer.Exit(_guarded(look))
+
+
+@app.command("verify")
+def verify_command(
+    output: Annotated[str, typer.Argument(help="Root of the tables, or of a release.")],
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            metavar="CORPUS",
+            help="Today's videos, as for a run; they must be done instead of all ever planned.",
+            show_default=False,
+        ),
+    ] = None,
+    words: Words = None,
+    dataset: Annotated[str | None, typer.Option(help="Only this one.", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option(help="Presence and size only, nothing is opened.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that the tables are whole and right. Exit code 0: proved, 1: problems, 2: usage.
+
+    Every committed object is there with its checksum and rows, no row stands twice, every video
+    is done or in `failures`, and nothing else lies where a reader would take it for a table.
+
+    Settings say how the input is read, as for a run (plan.list_start_s and the like).
+
+    Example: fourdh verify /data/tables --input /data/videos
+    """
+
+    def verify() -> int:
+        store = Store(output)
+        videos = None
+        if corpus is not None:
+            videos = stream_corpus(replace(load_config(*_split(words)), input=corpus))
+        elif words:
+            raise ConfigError("settings are for --input, which was not given")
+        with _progress(_verify_line) as on_progress:
+            report = verify_root(
+                output,
+                dataset=dataset,
+                planned=lambda name: (row for _, of in read_generations(store, name) for row in of),
+                corpus=None if videos is None else ((v.video_id, v.fingerprint) for v in videos),
+                quick=quick,
+                on_progress=on_progress,
+            )
+        if as_json:
+            typer.echo(json.dumps({**asdict(report), "exit_code": report.exit_code}))
+        else:
+            _print_proof(report)
+        return report.exit_code
+
+    raise typer.Exit(_guarded(verify))
+
+
+@app.command("release")
+def release_command(
+    output: Annotated[str, typer.Argument(help="Root of the tables.")],
+    name: Annotated[str, typer.Argument(help="The release; letters, digits, '-', '.', '_'.")],
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Only this one; may be repeated.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy what is committed to OUTPUT/releases/NAME, which stays as it is.
+
+    A run may go on meanwhile. An interrupted release is completed by the same command.
+
+    Example: fourdh release /data/tables v1
+    """
+
+    def release() -> int:
+        with _progress(_release_line) as on_progress:
+            made = release_root(output, name, datasets=dataset or (), on_progress=on_progress)
+        summary = {"name": made.name, "place": made.place, "digest": made.digest, **made.totals()}
+        if as_json:
+            typer.echo(json.dumps({**summary, "created": made.created}))
+        else:
+            for word, value in summary.items():
+                typer.echo(f"{word.replace('_', ' '):12.12} {value}")
+        return DONE
+
+    raise typer.Exit(_guarded(release))
 
 
 @app.command("show")
@@ -287,7 +407,7 @@ def run_job(
 
     def call() -> int:
         config = load_config(yaml, words)
-        with _progress() as on_progress:
+        with _progress(_line) as on_progress:
             report = run(config, on_progress=on_progress)
         if as_json:
             typer.echo(json.dumps(_summary(report)))
@@ -355,8 +475,23 @@ def _stop(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+class ByteProgress(Protocol):
+    """What a progress bar is drawn from."""
+
+    @property
+    def bytes_done(self) -> int:
+        """Of `bytes_total`."""
+
+    @property
+    def bytes_total(self) -> int:
+        """All there is to do."""
+
+
+P = TypeVar("P", bound=ByteProgress)
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[[JobProgress], None]]:
+def _progress(line: Callable[[P], str]) -> Iterator[Callable[[P], None]]:
     """A bar where a person looks on, else a line in the log now and then."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -365,11 +500,11 @@ def _progress() -> Iterator[Callable[[JobProgress], None]]:
         )
         last = time.monotonic()
 
-        def log(now: JobProgress) -> None:
+        def log(now: P) -> None:
             nonlocal last
             if time.monotonic() - last >= LOG_EVERY_S:
                 last = time.monotonic()
-                logger.info("%s", _line(now))
+                logger.info("%s", line(now))
 
         yield log
         return
@@ -390,12 +525,12 @@ def _progress() -> Iterator[Callable[[JobProgress], None]]:
     ) as bar:
         task = bar.add_task("planning", total=None)
 
-        def show_bar(now: JobProgress) -> None:
+        def show_bar(now: P) -> None:
             bar.update(
                 task,
                 total=max(now.bytes_total, 1),
                 completed=now.bytes_done,
-                description=_line(now),
+                description=line(now),
             )
 
         yield show_bar
@@ -406,6 +541,34 @@ def _line(now: JobProgress) -> str:
         f"{now.videos_done}/{now.videos_total} videos, {now.shards_done}/{now.shards_total} "
         f"shards, {now.frames_done} frames"
     )
+
+
+def _verify_line(now: VerifyProgress) -> str:
+    return f"{now.shards_done}/{now.shards_total} shards, {now.bytes_done / _MIB:.0f} MiB"
+
+
+def _release_line(now: ReleaseProgress) -> str:
+    return f"{now.bytes_done / _MIB:.0f} of {now.bytes_total / _MIB:.0f} MiB"
+
+
+def _print_proof(report: VerifyReport) -> None:
+    for problem in report.problems[:MAX_LINES]:
+        typer.echo(problem.line())
+    if report.num_problems > MAX_LINES:
+        typer.echo(f"and {report.num_problems - MAX_LINES} more problems (--json names them)")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    looked = "listed" if report.quick else "read"
+    typer.echo(
+        f"{report.shards} shards, {report.objects} objects {looked} "
+        f"({report.num_bytes / _MIB:.1f} MiB), "
+        + ", ".join(f"{count} {name}" for name, count in report.rows.items())
+        + f"; {sum(report.videos.values())} videos: "
+        + (", ".join(f"{count} {status}" for status, count in report.videos.items()) or "none")
+    )
+    verdict = "present, not opened" if report.quick else "proved"
+    count = f"{report.num_problems} problem" + "s" * (report.num_problems != 1)
+    typer.echo(f"{report.root}: {verdict if report.exit_code == 0 else count}")
 
 
 def _summary(report: RunReport) -> dict[str, Any]:

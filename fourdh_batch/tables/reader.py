@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,10 @@ from fourdh_batch.tables.schema import arrow_schema, schema_version, table_schem
 
 READ_ATTEMPTS = 5
 READ_BACKOFF_S = 0.5  # doubles; a shard's objects are overwritten within seconds
+RELEASE_KEY = "_release.json"  # the manifest of a release, see `release.py`
+# Lies in every table of a release until it is finished, and is no Parquet file: pandas, Arrow and
+# DuckDB then refuse the whole table.
+UNFINISHED = "UNFINISHED.parquet"
 
 
 def read_arrow(
@@ -214,13 +218,14 @@ def _committed_objects(
     store: Store, name: str, datasets: list[str] | None, videos: list[str] | None
 ) -> list[str]:
     commits = read_commits(store)
+    sizes = dict(store.list(name))  # after the records: what they name is there already
+    _refuse_unfinished(store, name, sizes)
     if not commits:
         raise _NothingThereError(
             errno.ENOENT,
             "no commit record: not an output root, or nothing is finished",
             redact_uri(store.root),
         )
-    sizes = dict(store.list(name))
     keys = []
     for record in commits.values():
         if datasets is not None and record.dataset not in datasets:
@@ -244,10 +249,21 @@ def _committed_objects(
     return sorted(keys)
 
 
+def _refuse_unfinished(store: Store, name: str, stored: Mapping[str, int]) -> None:
+    if f"{name}/{UNFINISHED}" in stored:
+        raise _NothingThereError(
+            errno.ENOENT,
+            "this release is not finished; give the command that began it again",
+            redact_uri(store.root),
+        )
+
+
 def _all_objects(store: Store, name: str, datasets: list[str] | None) -> list[str]:
+    stored = dict(store.list(name))
+    _refuse_unfinished(store, name, stored)
     keys = [
         key
-        for key, _ in store.list(name)
+        for key in stored
         if key.endswith(".parquet")
         and not any(part.startswith((".", "_")) for part in key.split("/"))
     ]
