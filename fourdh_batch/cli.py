@@ -30,7 +30,7 @@ from fourdh_batch.config import JobConfig, describe_settings, load_config, requi
 from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
 from fourdh_batch.pipeline.corpus import stream_corpus
 from fourdh_batch.pipeline.dry_run import MAX_HEADERS, MAX_SHARDS, DryRun, dry_run
-from fourdh_batch.pipeline.job import OnProgress, RunReport, summary_of
+from fourdh_batch.pipeline.job import OnProgress, RunReport, changes_key, summary_of
 from fourdh_batch.pipeline.job import Progress as JobProgress
 from fourdh_batch.pipeline.plan import read_generations
 from fourdh_batch.pipeline.records import UNTRAINED
@@ -401,9 +401,18 @@ def run_job(
     words: Sequence[str],
     *,
     as_json: bool = False,
+    show_changes: bool = False,
     run: Job = run_main_job,
 ) -> int:
-    """Run a job with a progress bar, a log and a closing table; returns the exit code."""
+    """Run a job with a progress bar, a log and a closing table; returns the exit code.
+
+    Args:
+        yaml: the job's own defaults.
+        words: key=value.
+        as_json: print the summary as JSON.
+        show_changes: print, before the table, what was new, changed or gone.
+        run: the job.
+    """
 
     def call() -> int:
         config = load_config(yaml, words)
@@ -412,6 +421,9 @@ def run_job(
         if as_json:
             typer.echo(json.dumps(_summary(report)))
         else:
+            if show_changes and report.changes:
+                key = changes_key(report.run_id, "txt")
+                typer.echo(Store(config.output).read_bytes(key).decode())
             _print_summary(report)
         return report.exit_code
 
@@ -419,13 +431,21 @@ def run_job(
     return _guarded(call)
 
 
-def job_main(yaml: Path, words: Sequence[str], *, description: str, run: Job = run_main_job) -> int:
+def job_main(
+    yaml: Path,
+    words: Sequence[str],
+    *,
+    description: str,
+    show_changes: bool = False,
+    run: Job = run_main_job,
+) -> int:
     """What a script of `jobs/` does with its command line; returns the exit code.
 
     Args:
         yaml: the job's own defaults.
         words: the command line.
         description: what `--help` says before the settings.
+        show_changes: see `run_job`.
         run: the job.
     """
     if "-h" in words or "--help" in words:
@@ -433,7 +453,7 @@ def job_main(yaml: Path, words: Sequence[str], *, description: str, run: Job = r
         typer.echo(describe_settings())
         return DONE
     words, as_json = [word for word in words if word != "--json"], "--json" in words
-    return run_job(yaml, words, as_json=as_json, run=run)
+    return run_job(yaml, words, as_json=as_json, show_changes=show_changes, run=run)
 
 
 def main() -> None:
@@ -597,6 +617,9 @@ def _print_summary(report: RunReport) -> None:
         table.add_row("shards", f"{len(report.shards)} done, {report.num_shards_before} before")
         for name in ("frames", "people", "track_rows"):
             table.add_row(name.replace("_", " "), str(summary[name]))
+    if report.changes:
+        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(report.changes.items()))
+        table.add_row("changes", f"{counts}: {changes_key(report.run_id)}")
     for status, count in summary["videos"].items():
         if count:
             table.add_row(f"videos {status}", str(count))

@@ -42,6 +42,16 @@ RUNS = "_runs"
 STORAGE_ATTEMPTS = 3
 PROGRESS_S = 0.5
 RECORD_S = 30.0  # between two records of a running job
+CHANGES_SHOWN = 20  # videos of each kind, in the text
+KINDS = {
+    "new": "new",
+    "changed": "with other content or window",
+    "models": "to be done again with other weights or settings",
+    "details": "with other columns in the manifest; no work",
+    "removed": "gone from the corpus",
+    "retried": "quarantined before, tried again",
+    "unfinished": "planned before and not finished",
+}
 CHANGES = pa.schema(
     [(name, pa.string()) for name in ("video_id", "shard_id", "kind", "before", "after")]
 )
@@ -301,9 +311,9 @@ def summary_of(report: RunReport) -> dict[str, object]:
     }
 
 
-def changes_key(run_id: str) -> str:
-    """Where a run lists, as Parquet, the videos that were not up to date, and why."""
-    return f"{RUNS}/{run_id}-changes.parquet"
+def changes_key(run_id: str, ending: str = "parquet") -> str:
+    """Where a run lists the videos that were not up to date, and why: all of them, or as text."""
+    return f"{RUNS}/{run_id}-changes.{ending}"
 
 
 def _refuse_large_losses(config: JobConfig, plan: Increment) -> None:
@@ -319,9 +329,26 @@ def _refuse_large_losses(config: JobConfig, plan: Increment) -> None:
 
 
 def _write_changes(store: Store, run_id: str, plan: Increment) -> None:
+    """All of them as a table, the first of every kind as text."""
+    shown: dict[str, list[str]] = {kind: [] for kind in sorted(plan.num_changes)}
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for change in plan.changes():
+            if len(shown[change.kind]) < CHANGES_SHOWN:
+                shown[change.kind].append(change.video_id)
+            yield astuple(change)
+
     if not any(plan.num_changes.values()):
         return
-    put_rows(store, changes_key(run_id), CHANGES, (astuple(change) for change in plan.changes()))
+    put_rows(store, changes_key(run_id), CHANGES, rows())
+    lines = [f"run {run_id}"]
+    for kind, names in shown.items():
+        lines.append(f"{plan.num_changes[kind]} {KINDS[kind]}")
+        lines += [f"  {name}" for name in names]
+        if (more := plan.num_changes[kind] - len(names)) > 0:
+            lines.append(f"  and {more} more")
+    lines.append(f"{plan.num_shards_before} shards are up to date")
+    store.write_bytes(changes_key(run_id, "txt"), "\n".join([*lines, ""]).encode())
 
 
 def _discard_left_over(store: Store, plan: Increment) -> None:
