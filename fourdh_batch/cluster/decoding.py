@@ -91,7 +91,8 @@ class JournalEntry:
 
     Attributes:
         opened: number of the video that its decoder began with last.
-        num_frames: that have gone through the models.
+        num_frames: that have gone through the models, also in an earlier attempt that it goes on
+            from.
         idle_s: since it last moved.
     """
 
@@ -108,8 +109,14 @@ class JournalKeeper:
         self._num_frames = 0
 
     def report(self, unit: str, opened: int, num_frames: int) -> None:
-        """Called when the decoder of a unit begins with a video, and after every chunk."""
-        before = self._units.get(unit, (0, 0, 0.0))[1]
+        """Called when the decoder of a unit begins with a video, and now and then after chunks.
+
+        Args:
+            unit: its key.
+            opened: number of the video that its decoder has begun with.
+            num_frames: that are behind it; at the first call those of an earlier attempt.
+        """
+        before = self._units.get(unit, (0, num_frames, 0.0))[1]
         self._num_frames += max(0, num_frames - before)
         self._units[unit] = (opened, num_frames, time.monotonic())
 

@@ -9,6 +9,7 @@ travels to the scheduler (`cluster/run.py`), where all decisions are.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -37,6 +38,8 @@ from fourdh_batch.pipeline.shard import VideoOutcome
 from fourdh_batch.types import FrameChunk
 
 logger = logging.getLogger(__name__)
+
+REPORT_S = 0.5  # between two reports of a unit's progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +147,14 @@ class ModelWorker:
         ahead = 0 if unit.alone else self._config.cluster.chunks_ahead
         unacknowledged: deque[Any] = deque()
         ended: dict[int, StorageError | None] = {}
-        opened = -1
+        opened, reported = -1, -math.inf
         try:
             num_frames = start = ray.get(tracker.begin.remote(unit))
             for item in self._decode(unit, start):
                 if isinstance(item, Opening):
                     opened = item.number
                     journal.report.remote(unit.key, opened, num_frames)
+                    reported = time.monotonic()
                     continue
                 waited = time.perf_counter()
                 events, frames = self._reconstruct(self._engine, item, ended)
@@ -159,11 +163,15 @@ class ModelWorker:
                     unacknowledged.append(tracker.work.remote(unit.key, events))
                 while len(unacknowledged) > ahead:
                     ray.get(unacknowledged.popleft())
-                journal.report.remote(unit.key, opened, num_frames)
+                # Not every chunk: a thousand GPUs have twenty thousand of them a second.
+                if time.monotonic() - reported > REPORT_S or unit.alone:
+                    journal.report.remote(unit.key, opened, num_frames)
+                    reported = time.monotonic()
                 self._metrics.chunk(frames, events, time.perf_counter() - waited)
                 if len(ended) == len(unit.videos):
                     break
             ray.get(list(unacknowledged))
+            journal.report.remote(unit.key, opened, num_frames)
             if len(ended) < len(unit.videos):
                 raise WorkerDiedError(
                     "the decoder ended without saying how",
