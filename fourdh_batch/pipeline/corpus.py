@@ -48,7 +48,7 @@ PROBES_AHEAD = 256
 MAX_PROBLEMS_SHOWN = 50
 UNREADABLE = "unreadable"  # begins the fingerprint of a file that could not be read
 _BATCH_ROWS = 1 << 14
-_OWN_COLUMNS = ("video_id", "uri", "start_s", "end_s", "num_bytes", "fingerprint")
+_OWN_COLUMNS = {"video_id", "uri", "start_s", "end_s", "num_bytes", "fingerprint"}
 
 Row = Mapping[str, Any]
 Probe = Callable[[str], tuple[int, str]]
@@ -389,7 +389,7 @@ def _video_of(row: Row, folder: str) -> Video:
 
 def _number(row: Row, name: str) -> float | None:
     value = row.get(name)
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value == "" or value != value:  # empty, or NaN
         return None
     try:
         if isinstance(value, bool):
@@ -414,9 +414,7 @@ def _extra(row: Row, video_id: str) -> str:
     values = {
         name: value
         for name, value in row.items()
-        if name not in _OWN_COLUMNS
-        and value is not None
-        and not (isinstance(value, float) and math.isnan(value))
+        if name not in _OWN_COLUMNS and value is not None and value == value  # no NaN
     }
     if not values:
         return ""

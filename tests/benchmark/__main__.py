@@ -3,6 +3,7 @@
   python -m tests.benchmark                 all of the quick ones
   python -m tests.benchmark decode tracker  some of them
   python -m tests.benchmark memory          the 30-minute video (minutes)
+  python -m tests.benchmark planning        a million clips planned and planned again (minutes)
 
 Each figure is the median of several interleaved rounds, with the smallest and the largest.
 Absolute times are only meaningful on a named GPU: see `gpu_hmr2.py`.
@@ -15,7 +16,7 @@ import sys
 from importlib import import_module
 
 QUICK = ("decode", "hmr", "tracker", "keeping_up", "engine")
-ALL = (*QUICK, "memory")
+ALL = (*QUICK, "memory", "planning")
 
 
 def main(words: list[str]) -> int:
