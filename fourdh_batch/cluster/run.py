@@ -217,6 +217,7 @@ class _Scheduler:
                 self._ledger.tick(self._frames_running)
             self._ledger.close()
         finally:
+            self._ledger.report.num_units = self._num_units
             self._ledger.report.frames_run = ray.get(self._journal.num_frames.remote())
             for lane in list(self._lanes):
                 self._remove(lane)

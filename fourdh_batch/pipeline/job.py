@@ -84,6 +84,7 @@ class RunReport:
         videos_kept: videos in published shards whose rows were taken over from before.
         changes: per kind, what is new, changed or gone; see `increment.Change`.
         failed_shards: shard and reason; nothing of these was published.
+        num_units: units that were started, each one task of a decoder.
         frames_run: frames that went through the models, also those that had to be done again.
         actor_s: seconds that model processes were there for, all together.
         device: what they ran on.
@@ -99,6 +100,7 @@ class RunReport:
     videos_kept: dict[str, int] = field(default_factory=dict)
     changes: dict[str, int] = field(default_factory=dict)
     failed_shards: dict[str, str] = field(default_factory=dict)
+    num_units: int = 0
     frames_run: int = 0
     actor_s: float = 0.0
     device: str = ""
