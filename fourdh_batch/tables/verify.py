@@ -340,6 +340,7 @@ class _Verification:
         self._report = report
         self._books = books
         self._on_progress = on_progress
+        self._others: set[str] = set()  # datasets that are not looked at
         self._shards_done = self._bytes_done = 0
         self._shards_total = self._bytes_total = 0
 
@@ -380,7 +381,9 @@ class _Verification:
                 report.notes.append(f"{look.key} was removed meanwhile")
             elif record is None:
                 unreadable.add(look.key.rpartition("/")[2].removesuffix(".json"))
-            elif self._dataset is None or record.dataset == self._dataset:
+            elif self._dataset is not None and record.dataset != self._dataset:
+                self._others.add(record.dataset)
+            else:
                 datasets.add(record.dataset)
                 digests[record.shard_id] = sha256(look.data).hexdigest()
                 finished.add(safe_key(record.shard_id))
@@ -388,11 +391,16 @@ class _Verification:
                 named |= {object_key(name, record.dataset, record.shard_id) for name in TABLES}
             for problem in look.problems:
                 report.add(problem)
+        if self._dataset is not None and not datasets and safe_key(self._dataset) not in plans:
+            others = ", ".join(sorted(map(repr, self._others))) or "none"
+            raise ConfigError(f"there is no dataset {self._dataset!r}; there are {others}")
         self._strays(named, unreadable)
         if store.exists(RELEASE_KEY):
             self._release(digests)
         if not any(key.endswith(f"/{UNFINISHED}") for key in self._sizes):
             self._whole_corpus(datasets, plans, planned, has_corpus=corpus is not None)
+        if not report.shards and not report.num_problems:
+            report.add(Problem("not_done", "at least one finished shard", "none"))
         self._leftovers(finished)
         report.videos = self._books.counts()
 
@@ -561,6 +569,9 @@ class _Verification:
             books.name_wanted(*known.values())
         for folder, dataset in () if has_corpus else known.items():
             if folder not in plans or planned is None:
+                continue
+            if safe_key(dataset) != folder:  # a name too long to be read from its folder
+                report.notes.append(f"_plan/{folder} was not looked at: nothing of it is committed")
                 continue
             try:
                 rows = ((video, shard, "") for video, shard in planned(dataset))

@@ -563,6 +563,23 @@ def test_no_output_is_no_proof(tmp_path: Path) -> None:
         verify_root(str(tmp_path))
 
 
+def test_a_dataset_that_is_not_there_is_not_proved(store: Store) -> None:
+    with pytest.raises(ConfigError, match="no dataset 'avva'; there are 'ava'"):
+        verify_root(store.root, dataset="avva")
+    long = "x" * 500
+    plan_shards(store, long, [Video("a", "a", 1, "a")], videos_per_shard=1, mb_per_shard=1)
+    plan(store, VIDEOS)
+    report = check(store, planned=planned(store))
+    assert report.problems == []
+    assert "was not looked at" in report.notes[0]
+    report = check(store, dataset=long, planned=planned(store))
+    assert [(p.kind, p.video) for p in report.problems] == [("not_done", "a")]
+    store.delete_tree("_commits")
+    for name in report.rows:
+        store.delete_tree(name)
+    assert [p.kind for p in check(store).problems] == ["not_done"]
+
+
 def test_many_problems_are_counted_and_some_are_kept(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
