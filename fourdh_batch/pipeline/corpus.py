@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from datetime import date, datetime
 from datetime import time as time_of_day
 from decimal import Decimal
-from hashlib import blake2b
 from itertools import islice, pairwise
 from operator import attrgetter
 from typing import Any
@@ -33,6 +32,7 @@ from fourdh_batch.config import JobConfig, PlanConfig
 from fourdh_batch.errors import ManifestError, StorageError
 from fourdh_batch.pipeline.probes import ProbeCache
 from fourdh_batch.storage import Store, fingerprint_file, list_objects, open_read, redact_uri
+from fourdh_batch.tables.manifest import details_digest
 
 VIDEO_EXTENSIONS = (
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
@@ -80,7 +80,7 @@ class Video:
     @property
     def details(self) -> str:
         """Digest of `extra`, which changes no row but the one in `videos`; "" without any."""
-        return blake2b(self.extra.encode(), digest_size=8).hexdigest() if self.extra else ""
+        return details_digest(self.extra)
 
     @property
     def content_fingerprint(self) -> str:
@@ -358,7 +358,7 @@ class _RowError(ValueError):
     """What is wrong with a row."""
 
 
-def _video_of(row: Row, folder: str) -> Video:
+def _video_of(row: Any, folder: str) -> Video:
     """Raises: _RowError."""
     if not isinstance(row, dict):
         kind = "a line that is not JSON" if isinstance(row, str) else type(row).__name__

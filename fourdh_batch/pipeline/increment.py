@@ -11,7 +11,7 @@ import logging
 import sqlite3
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -106,6 +106,7 @@ class Increment:
         model_fingerprint: of the models and settings of today.
         videos: the corpus of today, in any order; read once, on entering.
         record: write new assignments; False for a dry run, which writes nothing.
+        when_read: called once the corpus is read, and before the output is: takes its lease.
     Raises:
         ManifestError: on entering: a `video_id` stands twice, the corpus cannot be read, or
             finished videos would be lost. Nothing was recorded.
@@ -128,12 +129,14 @@ class Increment:
         videos: Iterable[Video],
         *,
         record: bool,
+        when_read: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._config = config
         self._model = model_fingerprint
         self._videos = videos
         self._record = record
+        self._when_read = when_read
         self.num_videos = self.num_shards = self.num_shards_before = self.num_missing = 0
         self.todo_shards = self.todo_videos = self.todo_bytes = 0
         self.videos_before: dict[str, int] = {}
@@ -151,6 +154,7 @@ class Increment:
             self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             self._db.executescript(_TABLES)
             self._take_videos()
+            self._when_read()
             generation = self._place()
             self._compare_all()
             self._count()
@@ -329,9 +333,8 @@ class Increment:
             return change("models", model_before, self._model)
         if self._config.plan.retry_quarantined and record.status == QUARANTINED:
             return change("retried", record.status, "")
-        details: str | None = getattr(record, "details", None)  # older records do not tell
-        if details is not None and details != video.details:
-            return change("details", details, video.details)
+        if record.details is not None and record.details != video.details:
+            return change("details", record.details, video.details)
         return None
 
     def _count(self) -> None:

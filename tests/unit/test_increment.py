@@ -52,7 +52,13 @@ def commit(
             config_fingerprint="c",
             model_fingerprint=model,
             videos=tuple(
-                VideoRecord(v.video_id, v.fingerprint, status.get(v.video_id, "ok"), rows)
+                VideoRecord(
+                    v.video_id,
+                    v.fingerprint,
+                    status.get(v.video_id, "ok"),
+                    rows,
+                    v.details if knows else None,
+                )
                 for v in shard.videos
             ),
             objects={},
@@ -253,5 +259,22 @@ def test_windows_details_and_odd_addresses_come_back_as_given(tmp_path: Path) ->
         # A commit that appears meanwhile is not looked for, and iterating twice is the same.
         assert [w.shard for w in todo.work()] == [work.shard]
     assert (tmp_path / commit_key(work.shard.shard_id)).exists()
-    with increment(tmp_path, [replace(v, extra="") for v in videos]) as todo:
-        assert not list(todo.work())
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_other_columns_of_the_manifest_redo_no_video_but_are_told(
+    tmp_path: Path, knows: bool
+) -> None:
+    before = [replace(v, extra='{"fold":1}') for v in corpus("abcd")]
+    finish(tmp_path, before, knows=knows)
+    after = [replace(before[0], extra='{"fold":2}'), *before[1:3], replace(before[3], extra="")]
+    with increment(tmp_path, after) as todo:
+        if not knows:  # records of older versions do not tell
+            assert not list(todo.work())
+            return
+        assert [todo_of(w) for w in todo.work()] == [("", "ab", True), ("", "cd", True)]
+        assert kinds(todo) == {"a": "details", "d": "details"}
+        assert (todo.todo_videos, todo.todo_bytes, todo.todo_shards) == (0, 0, 2)
+        assert [(c.before, c.after) for c in todo.changes() if c.video_id == "d"] == [
+            (before[3].details, "")
+        ]
