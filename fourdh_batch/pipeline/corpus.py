@@ -109,8 +109,9 @@ def stream_corpus(config: JobConfig, *, cache: ProbeCache | None = None) -> Iter
     and `uri` and, where it likes, `start_s` and `end_s` (the window), `num_bytes` and
     `fingerprint` (any text that changes with the content; the file is then not asked), and
     others, which go to `Video.extra`. A `.txt` file is a list of file names, one a line, which
-    are the ids; `plan.list_root`, `plan.list_start_s` and `plan.list_end_s` say more of them.
-    Relative addresses count from the folder of the manifest or list.
+    are the ids without their endings (as AVA has them); `plan.list_root`, `plan.list_start_s` and
+    `plan.list_end_s` say more of them. Relative addresses count from the folder of the manifest
+    or list.
 
     Args:
         config: `input` and `plan` are used.
@@ -314,7 +315,9 @@ def _list_rows(file: Any, plan: PlanConfig) -> Iterator[Row]:
         remote = "://" in line
         absolute = remote or line.startswith("/")
         name = line.partition("?")[0].rpartition("/")[2] if absolute else line
-        yield {"video_id": name, "uri": line, **window}
+        stem, dot, ending = name.rpartition(".")
+        is_video = stem and f"{dot}{ending}".lower() in VIDEO_EXTENSIONS
+        yield {"video_id": stem if is_video else name, "uri": line, **window}
 
 
 def _csv_rows(file: Any) -> Iterator[Row]:
