@@ -15,7 +15,7 @@ import pytest
 
 from fourdh_batch.config import JobConfig, PlanConfig
 from fourdh_batch.errors import ManifestError
-from fourdh_batch.pipeline import probes
+from fourdh_batch.pipeline import corpus, probes
 from fourdh_batch.pipeline.corpus import (
     MAX_PROBLEMS_SHOWN,
     Video,
@@ -24,7 +24,7 @@ from fourdh_batch.pipeline.corpus import (
     stream_corpus,
 )
 from fourdh_batch.pipeline.probes import ProbeCache
-from fourdh_batch.storage import Store
+from fourdh_batch.storage import Listed, Store
 from fourdh_batch.video.probe import Header
 
 
@@ -252,6 +252,24 @@ def test_a_limit_takes_the_first_by_id_and_asks_no_other_file(tmp_path: Path) ->
     some_file(tmp_path / "x.mp4")
     rows = [{"video_id": n, "uri": "x.mp4" if n in "ab" else "gone.mp4"} for n in "dbca"]
     assert sorted(videos_of(jsonl(tmp_path / "m.jsonl", rows), limit=2)) == ["a", "b"]
+
+
+def test_what_a_listing_tells_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listing(uri: str, extensions: Iterable[str]) -> Iterable[Listed]:
+        yield Listed("a.mp4", "s3://nowhere/a.mp4", 7, "etag")
+        yield Listed("b.mp4", str(some_file(tmp_path / "b.mp4")), 1, None)
+
+    def unexpected(uri: str) -> tuple[int, str]:
+        assert uri.endswith("/b.mp4")
+        return 1, "hashed"
+
+    monkeypatch.setattr(corpus, "list_objects", listing)
+    monkeypatch.setattr(corpus, "fingerprint_file", unexpected)
+    found = videos_of(Path("bucket"))
+    assert found["a.mp4"] == Video("a.mp4", "s3://nowhere/a.mp4", 7, "etag")
+    assert found["b.mp4"].fingerprint == "hashed"
 
 
 # --- the memory of probes ----------------------------------------------------------------------
