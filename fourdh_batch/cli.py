@@ -25,7 +25,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fourdh_batch import __version__
+from fourdh_batch import __version__, logs
 from fourdh_batch.config import JobConfig, describe_settings, load_config, require
 from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
 from fourdh_batch.pipeline.corpus import stream_corpus
@@ -416,7 +416,7 @@ def run_job(
 
     def call() -> int:
         config = load_config(yaml, words)
-        with _progress(_line) as on_progress:
+        with _progress(_line, config.log.format) as on_progress:
             report = run(config, on_progress=on_progress)
         if as_json:
             typer.echo(json.dumps(_summary(report)))
@@ -511,13 +511,13 @@ P = TypeVar("P", bound=ByteProgress)
 
 
 @contextmanager
-def _progress(line: Callable[[P], str]) -> Iterator[Callable[[P], None]]:
+def _progress(
+    line: Callable[[P], str], log_format: str = logs.TEXT
+) -> Iterator[Callable[[P], None]]:
     """A bar where a person looks on, else a line in the log now and then."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-        )
+    if log_format == logs.JSON or not console.is_terminal:
+        logs.set_up(log_format)
         last = time.monotonic()
 
         def log(now: P) -> None:
@@ -528,11 +528,7 @@ def _progress(line: Callable[[P], str]) -> Iterator[Callable[[P], None]]:
 
         yield log
         return
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False)],
-    )
+    logs.set_up(handler=RichHandler(console=console, show_path=False))
     with Progress(
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),

@@ -222,6 +222,18 @@ class ClusterConfig:
 
 
 @dataclass
+class LogConfig:
+    """What the processes of a job say of themselves; docs/OBSERVABILITY.md.
+
+    Attributes:
+        format: `text`, or `json` for one object a line; then the workers log to Ray's files on
+            their nodes and not to the driver as well.
+    """
+
+    format: str = "text"
+
+
+@dataclass
 class PosesConfig:
     """Bodies that are given instead of reconstructed, for `jobs/track.py` alone.
 
@@ -270,6 +282,7 @@ class JobConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     poses: PosesConfig = field(default_factory=PosesConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> JobConfig:
@@ -453,6 +466,7 @@ def _impossible(config: JobConfig) -> list[str]:
         ),
         ("hmr.batch_size", hmr.batch_size >= 0, "0 or more", hmr.batch_size),
         ("hmr.cpu_threads", hmr.cpu_threads >= 1, "at least 1", hmr.cpu_threads),
+        ("log.format", config.log.format in ("text", "json"), "text or json", config.log.format),
         ("tracker.max_age", tracker.max_age >= 0, "0 or more", tracker.max_age),
         ("tracker.n_init", 1 <= tracker.n_init <= 7, "1 to 7", tracker.n_init),
         ("tracker.gate", tracker.gate >= 1, "at least 1", tracker.gate),

@@ -9,8 +9,10 @@ from typing import Any
 
 import ray
 
-from fourdh_batch.config import VideoConfig
+from fourdh_batch.cluster.metrics import begin_process
+from fourdh_batch.config import JobConfig, VideoConfig
 from fourdh_batch.errors import StorageError, VideoError
+from fourdh_batch.logs import about
 from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.reading import read_chunks
 from fourdh_batch.types import DecodeSummary, FrameChunk
@@ -28,16 +30,22 @@ class Unit:
         saved: spool that holds the state of the first video, "" where none does.
         alone: nothing else runs beside it, and every step is waited for: somebody among them is
             suspected of killing processes.
+        run: that it belongs to.
     """
 
     key: str
     shard: Shard
     saved: str = ""
     alone: bool = False
+    run: str = ""
 
     @property
     def videos(self) -> tuple[Video, ...]:
         return self.shard.videos
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        return {"run": self.run, "shard": self.shard.shard_id, "unit": self.key}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +78,29 @@ def decode_unit(
     for number, video in enumerate(videos):
         yield Opening(number)
         try:
-            for item in read_chunks(video, config, start=start if number == 0 else 0):
-                batch.append((number, item))
-                if isinstance(item, FrameChunk):
-                    num_frames += item.num_frames
-                    num_bytes += item.rgb.nbytes
-                is_full = num_frames >= config.chunk_frames
-                if is_full or num_bytes >= config.max_chunk_mb * _MIB or not gather:
-                    yield batch
-                    batch, num_frames, num_bytes = [], 0, 0
+            with about(video=video.video_id):
+                for item in read_chunks(video, config, start=start if number == 0 else 0):
+                    batch.append((number, item))
+                    if isinstance(item, FrameChunk):
+                        num_frames += item.num_frames
+                        num_bytes += item.rgb.nbytes
+                    is_full = num_frames >= config.chunk_frames
+                    if is_full or num_bytes >= config.max_chunk_mb * _MIB or not gather:
+                        yield batch
+                        batch, num_frames, num_bytes = [], 0, 0
         except (VideoError, StorageError) as error:
             batch.append((number, error))
     if batch:
         yield batch
+
+
+def decode(
+    unit: Unit, config: JobConfig, start: int
+) -> Iterator[Opening | list[tuple[int, Decoded]]]:
+    """`decode_unit` in a process of its own."""
+    begin_process(config)
+    with about(**unit.log_fields):
+        yield from decode_unit(unit.videos, config.video, start=start, gather=not unit.alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,5 +155,5 @@ class JournalKeeper:
         return self._num_frames
 
 
-decode_videos: Any = ray.remote(num_returns="streaming", max_retries=0)(decode_unit)
+decode_videos: Any = ray.remote(num_returns="streaming", max_retries=0)(decode)
 Journal: Any = ray.remote(num_cpus=0)(JournalKeeper)

@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from fourdh_batch.cluster.decoding import Decoded, Opening, Unit, decode_videos
-from fourdh_batch.cluster.metrics import ModelMetrics
+from fourdh_batch.cluster.metrics import BACKLOG, DECODE, MODELS, TRACKER, Laps, begin_process
 from fourdh_batch.cluster.tracker_actor import Dropped, Event
 from fourdh_batch.config import JobConfig
 from fourdh_batch.errors import (
@@ -32,6 +32,7 @@ from fourdh_batch.errors import (
     VideoError,
     WorkerDiedError,
 )
+from fourdh_batch.logs import about
 from fourdh_batch.pipeline.engine import Engine, build_engine
 from fourdh_batch.pipeline.records import ChunkResult
 from fourdh_batch.pipeline.shard import VideoOutcome
@@ -86,7 +87,7 @@ class SharedEngine:
         """Results in the order of the chunks; other errors of the models are raised."""
         tickets: list[Future[ChunkResult]] = [Future() for _ in chunks]
         self._waiting.extend(zip(chunks, tickets, strict=True))
-        with self._lock:
+        with self._lock, about(shard="", unit=""):  # the chunks may be of other units
             if not all(ticket.done() for ticket in tickets):
                 batch = []
                 while self._waiting:
@@ -119,12 +120,13 @@ class SharedEngine:
 class ModelWorker:
     """Holds the models of one GPU (or of some cores) and works on a few units at once."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, run: str = "") -> None:
         self._config = config
-        self._metrics = ModelMetrics(config.dataset)
+        self._metrics = begin_process(config)
         self._engine: SharedEngine | Exception
         try:
-            self._engine = SharedEngine(build_engine(config), self._metrics.busy)
+            with about(run=run):
+                self._engine = SharedEngine(build_engine(config), self._on_call)
         except Exception as error:  # noqa: BLE001
             # Raised by the first call instead: an error of a constructor loses its type in Ray.
             self._engine = error
@@ -135,6 +137,10 @@ class ModelWorker:
             raise self._engine
         return ModelPlace(ray.get_runtime_context().get_node_id(), device_name())
 
+    def _on_call(self, seconds: float) -> None:
+        self._metrics.count("model_calls")
+        self._metrics.count("model_busy_seconds", seconds)
+
     def process(self, unit: Unit, tracker: Any, journal: Any) -> UnitResult:
         """A unit from its files to finished rows.
 
@@ -143,31 +149,42 @@ class ModelWorker:
             RayError: its tracker died.
             FourdhError: what the models or the store raised.
         """
+        with about(**unit.log_fields):
+            return self._process(unit, tracker, journal)
+
+    def _process(self, unit: Unit, tracker: Any, journal: Any) -> UnitResult:
         assert not isinstance(self._engine, Exception)
         ahead = 0 if unit.alone else self._config.cluster.chunks_ahead
         unacknowledged: deque[Any] = deque()
         ended: dict[int, StorageError | None] = {}
         opened, reported = -1, -math.inf
+        laps = Laps(self._metrics)
         try:
             num_frames = start = ray.get(tracker.begin.remote(unit))
+            laps.end(TRACKER)
             for item in self._decode(unit, start):
+                laps.end(DECODE)
                 if isinstance(item, Opening):
                     opened = item.number
                     journal.report.remote(unit.key, opened, num_frames)
                     reported = time.monotonic()
                     continue
-                waited = time.perf_counter()
                 events, frames = self._reconstruct(self._engine, item, ended)
                 num_frames += frames
+                laps.end(MODELS)
                 if events:
                     unacknowledged.append(tracker.work.remote(unit.key, events))
+                    self._metrics.change(BACKLOG, 1)
                 while len(unacknowledged) > ahead:
-                    ray.get(unacknowledged.popleft())
+                    ray.get(unacknowledged[0])
+                    unacknowledged.popleft()
+                    self._metrics.change(BACKLOG, -1)
+                laps.end(TRACKER)
+                self._count(events, frames)
                 # Not every chunk: a thousand GPUs have twenty thousand of them a second.
                 if time.monotonic() - reported > REPORT_S or unit.alone:
                     journal.report.remote(unit.key, opened, num_frames)
                     reported = time.monotonic()
-                self._metrics.chunk(frames, events, time.perf_counter() - waited)
                 if len(ended) == len(unit.videos):
                     break
             ray.get(list(unacknowledged))
@@ -179,12 +196,22 @@ class ModelWorker:
                     stage="decode",
                 )
             unread = {unit.videos[n].video_id: error for n, error in ended.items() if error}
-            return UnitResult(ray.get(tracker.close.remote(unit.key)), unread)
+            outcomes = ray.get(tracker.close.remote(unit.key))
+            laps.end(TRACKER)
+            return UnitResult(outcomes, unread)
         except RayTaskError as error:
             # An error of the tracker's own code arrives wrapped; the scheduler wants its kind.
             if isinstance(error.cause, FourdhError):
                 raise error.cause from error
             raise
+        finally:
+            self._metrics.change(BACKLOG, -len(unacknowledged))
+
+    def _count(self, events: Sequence[Event], num_frames: int) -> None:
+        results = [event for event in events if isinstance(event, ChunkResult)]
+        self._metrics.count("chunks", len(results))
+        self._metrics.count("frames", num_frames)
+        self._metrics.count("crops", sum(len(result.people) for result in results))
 
     def _reconstruct(
         self,
@@ -220,7 +247,7 @@ class ModelWorker:
         stream = decode_videos.options(
             num_cpus=config.cluster.cpus_per_decoder,
             _generator_backpressure_num_objects=depth,
-        ).remote(unit.videos, config.video, start=start, gather=not unit.alone)
+        ).remote(unit, config, start)
         opened = reached = 0
         timeout_s: float | None = None  # waiting for a free core is nobody's fault
         try:

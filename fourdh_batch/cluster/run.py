@@ -40,7 +40,7 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fourdh_batch.cluster.decoding import Journal, JournalEntry, Unit
-from fourdh_batch.cluster.metrics import SchedulerMetrics
+from fourdh_batch.cluster.metrics import FAILED, PUBLISHED, Metrics
 from fourdh_batch.cluster.model_actor import ModelActor, ModelPlace, UnitResult
 from fourdh_batch.cluster.tracker_actor import TrackerActor, publish_shard_task
 from fourdh_batch.config import JobConfig, require
@@ -54,6 +54,7 @@ from fourdh_batch.errors import (
     VideoError,
     WorkerDiedError,
 )
+from fourdh_batch.logs import JSON, about
 from fourdh_batch.pipeline.engine import model_card
 from fourdh_batch.pipeline.job import (
     STORAGE_ATTEMPTS,
@@ -66,6 +67,7 @@ from fourdh_batch.pipeline.plan import Shard, Video, read_corpus
 from fourdh_batch.pipeline.records import ModelCard
 from fourdh_batch.pipeline.shard import (
     QUARANTINED,
+    STATUSES,
     SavedWork,
     ShardReport,
     VideoOutcome,
@@ -171,7 +173,7 @@ def run_job(config: JobConfig, *, on_progress: OnProgress = lambda progress: Non
     videos = read_corpus(config.input, limit=config.plan.limit)
 
     def work(ledger: Ledger) -> None:
-        with _ray(config):
+        with _ray(config), about(run=ledger.report.run_id):
             _Scheduler(config, card, ledger).run()
 
     return bring_up_to_date(config, card, videos, work, on_progress=on_progress)
@@ -189,7 +191,8 @@ class _Scheduler:
         self._journal = Journal.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
         ).remote()
-        self._metrics = SchedulerMetrics(config.dataset)
+        self._run_id = ledger.report.run_id
+        self._metrics = _begin_metrics(config.dataset)
         self._lanes: list[_Lane] = []
         self._queue: deque[_Pending] = deque()
         self._publishing: dict[Any, tuple[Shard, list[VideoOutcome], int]] = {}
@@ -221,6 +224,7 @@ class _Scheduler:
             self._ledger.report.frames_run = ray.get(self._journal.num_frames.remote())
             for lane in list(self._lanes):
                 self._remove(lane)
+            self._metrics.count_storage_retries(until_now=True)
 
     @property
     def _is_running(self) -> bool:
@@ -306,8 +310,10 @@ class _Scheduler:
         self._metrics.show(
             units_queued=len(self._queue),
             units_running=sum(len(lane.running) for lane in self._lanes),
+            models_wanted=self._wanted_lanes,
             models_ready=sum(lane.is_ready for lane in self._lanes),
             models_starting=sum(not lane.is_ready for lane in self._lanes),
+            trackers=sum(len(lane.trackers) for lane in self._lanes),
             shards_publishing=len(self._publishing),
             videos_left=self._ledger.num_videos_left,
         )
@@ -351,7 +357,7 @@ class _Scheduler:
                 num_cpus=cluster.cpus_per_actor,
                 num_gpus=cluster.gpus_per_actor if self._wants_gpu() else 0,
                 max_concurrency=cluster.units_per_actor + 1,
-            ).remote(self._config)
+            ).remote(self._config, self._run_id)
             self._lanes.append(_Lane(model, model.ready.remote()))
 
     def _start_tracker(self, node_id: str) -> Any:
@@ -360,7 +366,7 @@ class _Scheduler:
             num_cpus=0,
             num_gpus=self._tracker_share(),
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
-        ).remote(self._config, self._card)
+        ).remote(self._config, self._card, self._run_id)
 
     def _tracker_share(self) -> float:
         """What a tracking process takes of a GPU: nothing without a network to run on it."""
@@ -409,7 +415,7 @@ class _Scheduler:
         index = load.index(min(load))
         self._num_units += 1
         key = f"{pending.shard.shard_id}/{pending.shard.videos[0].video_id}#{self._num_units}"
-        unit = Unit(key, pending.shard, pending.saved, pending.alone)
+        unit = Unit(key, pending.shard, pending.saved, pending.alone, self._run_id)
         ref = lane.model.process.remote(unit, lane.trackers[index], self._journal)
         lane.running[ref] = _Running(pending, unit, index)
 
@@ -510,7 +516,7 @@ class _Scheduler:
             if opened is not None and free_retries > FREE_RETRIES:
                 verdict = Blame.SUSPECT
         culprits = _culprits(pending, left, cause, opened, verdict)
-        self._metrics.retry(verdict.value)
+        self._metrics.count("retries", label=verdict.value)
         text = str(cause).strip().splitlines()
         logger.warning(
             "shard %s, video %s%s: ended with %s (%s): %s",
@@ -520,6 +526,7 @@ class _Scheduler:
             type(cause).__name__,
             verdict.value,
             text[0] if text else "",
+            extra={"video": (culprits or left)[0].video_id, "shard": pending.shard.shard_id},
         )
         if verdict is Blame.STOP:
             raise cause
@@ -571,15 +578,16 @@ class _Scheduler:
     # --- shards --------------------------------------------------------------------------------
 
     def _done(self, shard: Shard, outcome: VideoOutcome) -> None:
-        self._metrics.video(outcome.status)
-        outcomes = self._ledger.done(shard, outcome)
+        self._metrics.count("videos", label=outcome.status)
+        with about(shard=shard.shard_id, video=outcome.video_id):
+            outcomes = self._ledger.done(shard, outcome)
         if outcomes is not None:
             self._publish(self._ledger.work_of(shard).shard, outcomes, attempt=1)
 
     def _publish(self, shard: Shard, outcomes: list[VideoOutcome], attempt: int) -> None:
         earlier = self._ledger.work_of(shard).commit
         ref = publish_shard_task.options(num_cpus=0).remote(
-            self._config, self._card, shard, outcomes, earlier
+            self._config, self._card, shard, outcomes, earlier, self._run_id
         )
         self._publishing[ref] = (shard, outcomes, attempt)
 
@@ -595,10 +603,16 @@ class _Scheduler:
             else:
                 self._publish(shard, outcomes, attempt + 1)
             return
-        self._ledger.published(published)
+        self._metrics.count("shards", label=PUBLISHED)
+        self._metrics.count("published_bytes", published.num_bytes)
+        self._metrics.count("track_rows", published.num_track_rows)
+        with about(shard=shard.shard_id):
+            self._ledger.published(published)
 
     def _fail_shard(self, shard: Shard, reason: str) -> None:
-        self._ledger.fail(shard, reason)
+        self._metrics.count("shards", label=FAILED)
+        with about(shard=shard.shard_id):
+            self._ledger.fail(shard, reason)
         self._queue = deque(p for p in self._queue if p.shard.shard_id != shard.shard_id)
 
     # --- what goes wrong -----------------------------------------------------------------------
@@ -619,6 +633,7 @@ class _Scheduler:
                 self._end_lane(lane, errors)
 
     def _count_death(self, error: BaseException) -> None:
+        self._metrics.count("model_deaths")
         self._deaths_without_work += 1
         if self._deaths_without_work >= MAX_DEATHS_WITHOUT_WORK:
             raise FourdhError(
@@ -668,6 +683,17 @@ class _Scheduler:
             self._ledger.report.actor_s += time.monotonic() - lane.since
         for actor in (lane.model, *lane.trackers):
             ray.kill(actor)
+
+
+def _begin_metrics(dataset: str) -> Metrics:
+    metrics = Metrics(dataset)
+    metrics.count_storage_retries()
+    metrics.begin("retries", (verdict.value for verdict in Blame))
+    metrics.begin("videos", STATUSES)
+    metrics.begin("shards", (PUBLISHED, FAILED))
+    for name in ("model_deaths", "storage_retries", "published_bytes", "track_rows"):
+        metrics.begin(name)
+    return metrics
 
 
 def _culprits(
@@ -720,6 +746,16 @@ def _ray(config: JobConfig) -> Iterator[None]:
     local = cluster.address == "local" or (
         cluster.address == "auto" and "RAY_ADDRESS" not in os.environ
     )
+    in_json = config.log.format == JSON
+    if in_json:  # Ray's own lines as well
+        own = logging.getLogger("ray")
+        own.handlers.clear()
+        own.propagate = True
+    log: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "log_to_driver": not in_json,
+        "configure_logging": not in_json,
+    }
     if local:
         # Actors mostly wait for each other; a small machine must still be able to hold them all.
         lanes = max(1, cluster.gpu_actors)
@@ -729,12 +765,11 @@ def _ray(config: JobConfig) -> Iterator[None]:
             address="local",
             num_cpus=max(os.cpu_count() or 1, wanted),
             include_dashboard=False,
-            log_to_driver=True,
-            logging_level=logging.WARNING,
+            **log,
         )
     else:
         address = None if cluster.address == "auto" else cluster.address
-        ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(address=address, **log)
     if on_terminate is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in the place
     try:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from fourdh_batch.cluster.decoding import Unit
+from fourdh_batch.cluster.metrics import begin_process
 from fourdh_batch.config import JobConfig
 from fourdh_batch.errors import VideoError
+from fourdh_batch.logs import about
 from fourdh_batch.pipeline.following import TrackerModels
 from fourdh_batch.pipeline.plan import Shard
 from fourdh_batch.pipeline.records import ChunkResult, ModelCard
@@ -33,18 +36,22 @@ Event = ChunkResult | DecodeSummary | VideoError | Dropped
 
 @dataclass(slots=True)
 class _Running:
+    unit: Unit
     tracking: UnitTracking
+    num_ended: int = 0
     broken: Exception | None = None
 
 
 class TrackerWorker:
     """Tracks a few units at once, the videos of each in order, and spools their finished rows."""
 
-    def __init__(self, config: JobConfig, card: ModelCard) -> None:
+    def __init__(self, config: JobConfig, card: ModelCard, run: str = "") -> None:
+        self._metrics = begin_process(config)
         self._config = config
         self._card = card
         self._store = Store(config.output)
-        self._models = TrackerModels(config)
+        with about(run=run):
+            self._models = TrackerModels(config)
         self._running: dict[str, _Running] = {}
 
     def begin(self, unit: Unit) -> int:
@@ -53,17 +60,18 @@ class TrackerWorker:
         Returns:
             The frame of the first video that is wanted first.
         """
-        tracking = UnitTracking(
-            unit.shard,
-            unit.videos,
-            self._config,
-            self._card,
-            self._models,
-            self._store,
-            saved=unit.saved,
-            save_each=unit.alone,
-        )
-        self._running[unit.key] = _Running(tracking)
+        with self._busy(unit, video=unit.videos[0].video_id):
+            tracking = UnitTracking(
+                unit.shard,
+                unit.videos,
+                self._config,
+                self._card,
+                self._models,
+                self._store,
+                saved=unit.saved,
+                save_each=unit.alone,
+            )
+        self._running[unit.key] = _Running(unit, tracking)
         return tracking.next_frame
 
     def work(self, unit: str, events: Sequence[Event]) -> None:
@@ -77,12 +85,16 @@ class TrackerWorker:
             raise running.broken
         try:
             for event in events:
-                if isinstance(event, ChunkResult):
-                    running.tracking.add(event)
-                elif isinstance(event, Dropped):
-                    running.tracking.drop()
-                else:
-                    running.tracking.end(event)
+                video = running.unit.videos[running.num_ended].video_id
+                with self._busy(running.unit, video=video):
+                    if isinstance(event, ChunkResult):
+                        running.tracking.add(event)
+                        continue
+                    running.num_ended += 1
+                    if isinstance(event, Dropped):
+                        running.tracking.drop()
+                    else:
+                        running.tracking.end(event)
         except Exception as error:
             running.broken = error
             raise
@@ -94,7 +106,15 @@ class TrackerWorker:
             The outcomes of its finished videos.
         """
         running = self._running.pop(unit, None)
-        return [] if running is None else running.tracking.close()
+        if running is None:
+            return []
+        with self._busy(running.unit):
+            return running.tracking.close()
+
+    @contextmanager
+    def _busy(self, unit: Unit, video: str = "") -> Iterator[None]:
+        with about(**unit.log_fields, video=video), self._metrics.timed("tracker_busy_seconds"):
+            yield
 
 
 def publish_shard(
@@ -103,9 +123,12 @@ def publish_shard(
     shard: Shard,
     outcomes: Sequence[VideoOutcome],
     earlier: CommitRecord | None,
+    run: str,
 ) -> ShardReport:
     """Merge the rows of a shard into its objects and commit it."""
-    return publish(Store(config.output), config, card, shard, outcomes, earlier)
+    begin_process(config)
+    with about(run=run, shard=shard.shard_id):
+        return publish(Store(config.output), config, card, shard, outcomes, earlier)
 
 
 TrackerActor: Any = ray.remote(max_restarts=0, max_task_retries=0)(TrackerWorker)

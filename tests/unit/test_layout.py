@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "fourdh_batch"
 LEVELS: list[set[str]] = [
     {"types", "errors"},
     {"geometry", "storage", "rasterizer", "masks"},
-    {"config", "video", "models", "tracking", "tables", "view", "synthetic"},
+    {"config", "logs", "video", "models", "tracking", "tables", "view", "synthetic"},
     {"pipeline"},
     {"cluster"},
     {"cli"},
