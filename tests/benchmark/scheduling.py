@@ -77,9 +77,9 @@ def nobody() -> People:
 class PlayedWorker(model_actor.ModelWorker):
     """A model process with a clock for a GPU."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, run: str) -> None:
         with mock.patch.object(model_actor, "build_engine", return_value=PlayedEngine()):
-            super().__init__(config)
+            super().__init__(config, run)
 
 
 PlayedActor: Any = ray.remote(max_restarts=0, max_task_retries=0)(PlayedWorker)
