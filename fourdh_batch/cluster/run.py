@@ -55,6 +55,7 @@ from fourdh_batch.errors import (
     WorkerDiedError,
 )
 from fourdh_batch.logs import JSON, about
+from fourdh_batch.pipeline.corpus import remembered_corpus
 from fourdh_batch.pipeline.engine import model_card
 from fourdh_batch.pipeline.job import (
     STORAGE_ATTEMPTS,
@@ -63,7 +64,7 @@ from fourdh_batch.pipeline.job import (
     RunReport,
     bring_up_to_date,
 )
-from fourdh_batch.pipeline.plan import Shard, Video, read_corpus
+from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.records import ModelCard
 from fourdh_batch.pipeline.shard import (
     QUARANTINED,
@@ -73,7 +74,7 @@ from fourdh_batch.pipeline.shard import (
     VideoOutcome,
     record_failure,
 )
-from fourdh_batch.storage import safe_key
+from fourdh_batch.storage import Store, safe_key
 from fourdh_batch.tables.writer import WORK
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ def run_job(config: JobConfig, *, on_progress: OnProgress = lambda progress: Non
     """
     require(config, "input", "output", "hmr.weights")
     card = model_card(config)
-    videos = read_corpus(config.input, limit=config.plan.limit)
+    videos = remembered_corpus(config, Store(config.output))
 
     def work(ledger: Ledger) -> None:
         with _ray(config), about(run=ledger.report.run_id):

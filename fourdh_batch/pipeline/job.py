@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
@@ -262,7 +262,7 @@ def bring_up_to_date(
     Args:
         config: settings of the job.
         card: the models; says with the videos what is up to date.
-        videos: the corpus of today.
+        videos: the corpus of today; read once, before the output is touched.
         work: brings all shards of the ledger to an end; not called where there are none.
         on_progress: told where the job is.
     Raises:
@@ -272,11 +272,18 @@ def bring_up_to_date(
     store = Store(config.output)
     run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
     report = RunReport(run_id=run_id, output=config.output, card=card)
-    with (
-        Lease(store) as lease,
-        lease.kept(),
-        Increment(store, config, card.fingerprint, videos, record=True) as plan,
-    ):
+    lease = Lease(store)
+    with ExitStack() as stack:
+
+        def take_lease() -> None:
+            stack.enter_context(lease)
+            stack.enter_context(lease.kept())
+
+        plan = stack.enter_context(
+            Increment(
+                *(store, config, card.fingerprint, videos), record=True, when_read=take_lease
+            )
+        )
         _refuse_large_losses(config, plan)
         report.num_shards_before = plan.num_shards_before
         report.videos_before = dict(plan.videos_before)
