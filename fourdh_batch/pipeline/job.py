@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from fourdh_batch import __version__
 from fourdh_batch.config import JobConfig, to_dict
-from fourdh_batch.errors import FourdhError, ManifestError
+from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
 from fourdh_batch.pipeline.increment import Increment, ShardWork
 from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.records import ModelCard
@@ -34,6 +34,7 @@ from fourdh_batch.pipeline.shard import (
 )
 from fourdh_batch.storage import Store, redact_uri, safe_key
 from fourdh_batch.tables.manifest import CommitRecord, Lease, commit_key
+from fourdh_batch.tables.reader import RELEASE_KEY
 from fourdh_batch.tables.writer import WORK, discard_work, put_rows
 
 logger = logging.getLogger(__name__)
@@ -266,10 +267,16 @@ def bring_up_to_date(
         work: brings all shards of the ledger to an end; not called where there are none.
         on_progress: told where the job is.
     Raises:
+        ConfigError: the output is a release.
         ManifestError: finished videos would be lost; nothing was begun.
         OutputInUseError: another driver is writing to this output.
     """
     store = Store(config.output)
+    if store.exists(RELEASE_KEY):
+        raise ConfigError(
+            f"output {redact_uri(store.root)}: expected an output root, got a release, which "
+            "never changes"
+        )
     run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
     report = RunReport(run_id=run_id, output=config.output, card=card)
     lease = Lease(store)
@@ -280,9 +287,7 @@ def bring_up_to_date(
             stack.enter_context(lease.kept())
 
         plan = stack.enter_context(
-            Increment(
-                *(store, config, card.fingerprint, videos), record=True, when_read=take_lease
-            )
+            Increment(*(store, config, card.fingerprint, videos), record=True, when_read=take_lease)
         )
         _refuse_large_losses(config, plan)
         report.num_shards_before = plan.num_shards_before
@@ -430,8 +435,8 @@ def _recorded(
         except FourdhError as second:
             logger.warning("run %s: not recorded: %s", report.run_id, second)
         raise
-    done = len(report.shards)
-    last = replace(last, shards_done=done, videos_done=totals.videos_total)
+    done = sum(shard.num_videos for shard in report.shards)
+    last = replace(last, shards_done=len(report.shards), videos_done=done)
     write("done", report.exit_code)
 
 

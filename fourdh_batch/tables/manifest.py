@@ -125,10 +125,12 @@ class CommitRecord:
             body["videos"] = tuple(VideoRecord(**video) for video in body["videos"])
             body["objects"] = {n: ObjectRecord(**o) for n, o in body["objects"].items()}
             return cls(**body)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise SchemaError(f"{key}: expected a commit record, got {data[:80]!r}") from error
+        except SchemaError:
+            raise
         except json.JSONDecodeError as error:
             raise SchemaError(f"{key}: expected JSON, got {data[:80]!r}") from error
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise SchemaError(f"{key}: expected a commit record, got {data[:80]!r}") from error
 
     @property
     def num_rows(self) -> dict[str, int]:
@@ -187,7 +189,7 @@ class Lease:
         for _ in range(LEASE_ATTEMPTS):
             top = max(self._numbers(), default=0)
             held = self._read(top) if top else None
-            if held is not None and not _has_lapsed(held):
+            if held is not None and not has_lapsed(held):
                 raise OutputInUseError(self._in_use(held, top))
             self._number = top + 1
             if not self._store.create_exclusive(_lease_key(self._number), self._body()):
@@ -310,7 +312,8 @@ def _clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
-def _has_lapsed(held: Mapping[str, Any]) -> bool:
+def has_lapsed(held: Mapping[str, Any]) -> bool:
+    """Whether nobody renews a lease any more, by its content."""
     return float(held["expires_s"]) <= time.time() or _is_dead(str(held["process"]))
 
 

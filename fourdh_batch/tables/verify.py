@@ -35,7 +35,7 @@ from fourdh_batch.tables.check_shard import (
     check_together,
     read_commit,
 )
-from fourdh_batch.tables.manifest import COMMITS, LEASES, CommitRecord, _has_lapsed
+from fourdh_batch.tables.manifest import COMMITS, LEASES, CommitRecord, has_lapsed
 from fourdh_batch.tables.reader import RELEASE_KEY, UNFINISHED
 from fourdh_batch.tables.schema import TABLES
 from fourdh_batch.tables.writer import WORK, object_key
@@ -172,7 +172,7 @@ def look_at_lease(store: Store) -> LeaseView | None:
             str(held["owner"]),
             float(held["since_s"]),
             float(held["expires_s"]),
-            not _has_lapsed(held),
+            not has_lapsed(held),
         )
     except (FileNotFoundError, KeyError, TypeError, ValueError, RecursionError):
         return None
