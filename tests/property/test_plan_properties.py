@@ -26,7 +26,7 @@ from fourdh_batch.tables.manifest import (
 
 PER_SHARD, MB_PER_SHARD = 4, 8
 MIB = 1 << 20
-MANY = settings(max_examples=25, deadline=None)
+MANY = settings(max_examples=15, deadline=None)
 
 # A night is a corpus: for each video its size in MiB and the version of its content.
 Night = dict[str, tuple[int, int]]
