@@ -19,7 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    RayError,
+    RayTaskError,
+)
 
 from fourdh_batch.cluster.decoding import Decoded, Opening, Unit, decode_videos
 from fourdh_batch.cluster.metrics import BACKLOG, DECODE, MODELS, TRACKER, Laps, begin_process
@@ -41,6 +47,8 @@ from fourdh_batch.types import FrameChunk
 logger = logging.getLogger(__name__)
 
 REPORT_S = 0.5  # between two reports of a unit's progress
+# What Ray raises where a node, its processes or what they hold cannot be reached: nobody's fault.
+LOST_WITH_A_NODE = (ActorUnavailableError, NodeDiedError, ObjectLostError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +195,7 @@ class ModelWorker:
                     reported = time.monotonic()
                 if len(ended) == len(unit.videos):
                     break
-            ray.get(list(unacknowledged))
-            journal.report.remote(unit.key, opened, num_frames)
+            ray.get([*unacknowledged, journal.report.remote(unit.key, opened, num_frames)])
             if len(ended) < len(unit.videos):
                 raise WorkerDiedError(
                     "the decoder ended without saying how",
@@ -264,7 +271,7 @@ class ModelWorker:
                     item = ray.get(next(stream))
                 except StopIteration:
                     return
-                except RayTaskError:
+                except (RayTaskError, *LOST_WITH_A_NODE):
                     raise
                 except RayError as error:
                     raise WorkerDiedError(

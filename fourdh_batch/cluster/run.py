@@ -30,18 +30,12 @@ from enum import Enum
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    NodeDiedError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fourdh_batch.cluster.decoding import Journal, JournalEntry, Unit
 from fourdh_batch.cluster.metrics import FAILED, PUBLISHED, Metrics
-from fourdh_batch.cluster.model_actor import ModelActor, ModelPlace, UnitResult
+from fourdh_batch.cluster.model_actor import LOST_WITH_A_NODE, ModelActor, ModelPlace, UnitResult
 from fourdh_batch.cluster.tracker_actor import TrackerActor, publish_shard_task
 from fourdh_batch.config import JobConfig, require
 from fourdh_batch.errors import (
@@ -83,7 +77,8 @@ POLL_S = 0.5
 LOOK_AROUND_S = 1.0  # between two looks at what stalls, what is lacking, what has joined
 STARVING_S = 60.0  # without a running unit for so long, say what is lacking
 FREE_RETRIES = 3  # then even an innocent-looking unit is a suspect
-MAX_DEATHS_WITHOUT_WORK = 3
+MAX_FAILED_STARTS = 3  # of model processes, in a row
+MAX_DEATHS_WITHOUT_WORK = 10  # then it is not a handful of bad videos in a row
 MAX_UNEXPECTED_ERRORS_IN_A_ROW = 5
 CLOSE_TIMEOUT_S = 60.0  # for a tracker to save what is finished of a unit that died elsewhere
 NODE_DIED = "its node has died"  # Ray's words in an ActorDiedError; pinned by a test
@@ -116,7 +111,7 @@ def blame(error: BaseException, *, had_begun: bool) -> Blame:
         return Blame.STORAGE
     if isinstance(cause, VideoError):
         return Blame.SUSPECT
-    if isinstance(cause, (ActorUnavailableError, NodeDiedError)):
+    if isinstance(cause, LOST_WITH_A_NODE):
         return Blame.NOBODY
     if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
         if NODE_DIED in str(cause):
@@ -159,7 +154,8 @@ class _Lane:
 class _Running:
     pending: _Pending
     unit: Unit
-    tracker: int
+    index: int  # of its tracker in the lane
+    tracker: Any
 
 
 def run_job(config: JobConfig, *, on_progress: OnProgress = lambda progress: None) -> RunReport:
@@ -201,7 +197,7 @@ class _Scheduler:
         self._num_units = 0
         self._has_more = True
         self._in_progress = {key.split("/")[1] for key, _ in ledger.store.list(WORK)}
-        self._deaths_without_work = 0
+        self._deaths_without_work = self._failed_starts = 0
         self._unexpected: set[tuple[str, str]] = set()  # videos that met an error of our own code
         self._looked_around = -math.inf
         self._last_seen_running = time.monotonic()
@@ -252,9 +248,16 @@ class _Scheduler:
             else:
                 self._enqueue(todo)
 
-    def _take_over(self, shard: Shard) -> tuple[Shard, SavedWork]:
-        """Take over what earlier attempts finished of these videos; the others, what they saved."""
-        saved = SavedWork(self._ledger.store, shard, self._card)
+    def _take_over(self, shard: Shard) -> tuple[Shard, SavedWork | None]:
+        """Take over what earlier attempts finished of these videos; the others, what they saved.
+
+        Where the store does not tell, the shard fails, and there are no others.
+        """
+        try:
+            saved = SavedWork(self._ledger.store, shard, self._card)
+        except StorageError as error:
+            self._fail_shard(shard, str(error))
+            return replace(shard, videos=()), None
         for outcome in saved.outcomes.values():
             self._done(shard, outcome)
         left = tuple(v for v in shard.videos if v.video_id not in saved.outcomes)
@@ -412,13 +415,14 @@ class _Scheduler:
     def _start_unit(self, lane: _Lane, pending: _Pending) -> None:
         load = [0] * len(lane.trackers)
         for running in lane.running.values():
-            load[running.tracker] += 1
+            load[running.index] += 1
         index = load.index(min(load))
         self._num_units += 1
         key = f"{pending.shard.shard_id}/{pending.shard.videos[0].video_id}#{self._num_units}"
         unit = Unit(key, pending.shard, pending.saved, pending.alone, self._run_id)
-        ref = lane.model.process.remote(unit, lane.trackers[index], self._journal)
-        lane.running[ref] = _Running(pending, unit, index)
+        tracker = lane.trackers[index]
+        ref = lane.model.process.remote(unit, tracker, self._journal)
+        lane.running[ref] = _Running(pending, unit, index, tracker)
 
     def _collect(self) -> None:
         lane_of = {ref: lane for lane in self._lanes for ref in lane.running}
@@ -449,8 +453,9 @@ class _Scheduler:
             if blame(error, had_begun=False) is not Blame.NOBODY:
                 raise
             logger.warning("a model process did not start: %s", str(error).splitlines()[0])
-            self._count_death(error)
+            self._failed_starts = self._count_death(error, self._failed_starts, MAX_FAILED_STARTS)
             return
+        self._failed_starts = 0
         lane.starting, lane.node_id, lane.since = None, place.node_id, time.monotonic()
         self._ledger.report.device = place.device
         lane.trackers = [
@@ -467,11 +472,14 @@ class _Scheduler:
                 # The model process is gone, and with it all that it was working on.
                 lane.running[ref] = running
                 self._end_lane(lane, dict.fromkeys(_units(lane), error))
-                self._count_death(error)
+                self._deaths_without_work = self._count_death(
+                    error, self._deaths_without_work, MAX_DEATHS_WITHOUT_WORK
+                )
                 return
-            opened = self._end_unit(lane, running)
-            if isinstance(_cause(error), RayActorError):  # raised inside: the tracker is gone
-                lane.trackers[running.tracker] = self._start_tracker(lane.node_id)
+            opened = self._end_unit(running)
+            gone = isinstance(_cause(error), RayActorError)  # raised inside: the tracker
+            if gone and lane.trackers[running.index] is running.tracker:
+                lane.trackers[running.index] = self._start_tracker(lane.node_id)
             if blame(error, had_begun=opened is not None) is Blame.CODE:
                 # Perhaps it is this process that is broken: the next attempt gets a new one.
                 self._end_lane(lane, {})
@@ -488,15 +496,14 @@ class _Scheduler:
             again = _Pending(replace(shard, videos=videos), alone=running.pending.alone)
             self._judge(again, next(iter(result.unread.values())), opened=0)
 
-    def _end_unit(self, lane: _Lane, running: _Running) -> int | None:
+    def _end_unit(self, running: _Running) -> int | None:
         """A unit died: its tracker, if there, saves what is finished.
 
         Returns:
             Number of the video that its decoder had begun with last, None where it had not begun.
         """
         with suppress(RayError, FourdhError, OSError):
-            tracker = lane.trackers[running.tracker]
-            ray.get(tracker.close.remote(running.unit.key), timeout=CLOSE_TIMEOUT_S)
+            ray.get(running.tracker.close.remote(running.unit.key), timeout=CLOSE_TIMEOUT_S)
         entry = ray.get(self._journal.snapshot.remote()).get(running.unit.key)
         self._journal.forget.remote(running.unit.key)
         return None if entry is None else entry.opened
@@ -551,7 +558,12 @@ class _Scheduler:
         again = []
         for video in culprits:
             if known and self._attempts[shard_id, video.video_id] >= self._config.cluster.attempts:
-                self._done(pending.shard, self._quarantine(pending.shard, video, cause))
+                try:
+                    outcome = self._quarantine(pending.shard, video, cause)
+                except StorageError as failure:
+                    self._fail_shard(pending.shard, str(failure))
+                    return
+                self._done(pending.shard, outcome)
             else:
                 again.append(video)
         others = [v for v in left if v not in culprits]
@@ -633,14 +645,21 @@ class _Scheduler:
             if errors:
                 self._end_lane(lane, errors)
 
-    def _count_death(self, error: BaseException) -> None:
+    def _count_death(self, error: BaseException, before: int, limit: int) -> int:
+        """One more death in a row, unless a node has taken its processes with it.
+
+        Raises:
+            FourdhError: it is the last one.
+        """
         self._metrics.count("model_deaths")
-        self._deaths_without_work += 1
-        if self._deaths_without_work >= MAX_DEATHS_WITHOUT_WORK:
+        if blame(error, had_begun=True) is Blame.NOBODY:
+            return before
+        if before + 1 >= limit:
             raise FourdhError(
-                f"model processes died {self._deaths_without_work} times in a row before "
-                f"finishing anything; the last one said:\n{error}"
+                f"model processes died {limit} times in a row before finishing anything; the last "
+                f"one said:\n{error}"
             )
+        return before + 1
 
     def _say_what_is_lacking(self, journal: Mapping[str, JournalEntry]) -> None:
         now = time.monotonic()
@@ -663,7 +682,7 @@ class _Scheduler:
 
     def _end_lane(self, lane: _Lane, errors: Mapping[str, Exception]) -> None:
         """A lane has died or must; its units without an error run again free of charge."""
-        ended = [(running, self._end_unit(lane, running)) for running in lane.running.values()]
+        ended = [(running, self._end_unit(running)) for running in lane.running.values()]
         lane.running.clear()
         self._remove(lane)
         for running, opened in ended:

@@ -656,7 +656,10 @@ def publish_shard(
         timings_s=dict(timings_s or {}),
     )
     write_commit(store, record)
-    discard_work(store, shard_id)
+    try:
+        discard_work(store, shard_id)
+    except StorageError as error:  # it is published; the next run clears away
+        logger.warning("shard %s: published, but its work is left: %s", shard_id, error)
     return record
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import NodeDiedError, ObjectLostError
 
 from fourdh_batch.cluster.run import Blame, blame
 from fourdh_batch.errors import (
@@ -42,6 +43,14 @@ def test_a_process_that_dies_makes_suspects_of_what_it_had_begun(local_ray: None
     error = error_of(Victim.remote().die.remote())
     assert blame(error, had_begun=True) is Blame.SUSPECT
     assert blame(error, had_begun=False) is Blame.NOBODY
+
+
+@pytest.mark.parametrize("raised", [NodeDiedError("x"), ObjectLostError("0", None, "x")])
+def test_what_is_lost_with_a_node_under_a_model_process_is_nobodys_fault(
+    local_ray: None, raised: Exception
+) -> None:
+    error = error_of(Victim.remote().raises.remote(raised))
+    assert blame(error, had_begun=True) is Blame.NOBODY
 
 
 def test_a_tracker_that_dies_under_a_model_process_is_seen_through_its_caller(
