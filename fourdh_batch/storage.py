@@ -11,36 +11,50 @@ an exception inside the `with` block publishes what was written so far.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import glob
+import io
 import logging
 import os
 import random
 import re
 import secrets
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote
 
 import fsspec
+import fsspec.asyn
+import fsspec.config
 from fsspec.utils import glob_translate
 
 from fourdh_batch.errors import StorageError
 
-READ_BLOCK_BYTES = 8 * 2**20  # read ahead of remote streams; a chunk of 1080p video is a few MB
+READ_BLOCK_BYTES = 8 * 2**20  # fetched at once; most clips of ten seconds are one block
+MAX_SPOOLED_BYTES = 8 * 2**30  # of one remote file, on local disk; two hours of 1080p at 8 Mbit/s
+KEEP_FREE_SHARE = 0.1  # of the disk; Ray stops spilling objects where only 0.05 are left
+MAX_BLOCKS_IN_MEMORY = 3  # of one remote file, where the disk has no room: index, sound, pictures
 PUT_LIMIT_BYTES = 256 * 2**20  # one PUT holds the object in memory; shards aim at 128 MB
+KEYS_AT_ONCE = 1000  # S3's limit for a page of a listing and for a request that deletes
 MAX_ATTEMPTS = 6  # with BACKOFF_S: up to about 12 s of waiting, more than a usual throttle lasts
 BACKOFF_S = 0.4
 MAX_BACKOFF_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 60.0  # until a store answers a call; it may have 1,000 keys to delete
+STALL_TIMEOUT_S = 20.0  # without a byte of a file that is being read
 STALE_TEMPORARY_S = 86_400.0  # a temporary file this old belongs to no living process
 MAX_KEY_PART = 120  # characters; file systems allow 255 bytes, names get prefixes and suffixes
+_PIECE_BYTES = 2**20
 SAMPLE_BLOCKS = 16  # of a local file's fingerprint
 SAMPLE_BLOCK_BYTES = 16 * 1024
 
@@ -66,6 +80,10 @@ _PERMANENT_CLIENT_ERRORS = {
     "InvalidEndpointConfigurationError",
 }
 _TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+# Of requests that did not arrive whole; S3 answers them with status 400
+_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
+_S3 = ("s3", "s3a")
+_KEYLESS = (*_S3, "gs", "gcs")  # they would take a key in an address for part of the bucket
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -90,11 +108,24 @@ def redact_uri(uri: str) -> str:
         return uri
     protocol, rest = uri.split("://", 1)
     host, slash, path = rest.partition("/")
+    port = "" if host.endswith("]") else host.rpartition(":")[2]
     if "@" in host:
         host = "***@" + host.rpartition("@")[2]
-    if protocol in ("http", "https") and "?" in path:
-        path = path.split("?", 1)[0] + "?***"
+    elif "@" in path and port != host and not port.isdecimal():  # a password with a slash in it
+        host, slash, path = ("***@" + rest.rpartition("@")[2]).partition("/")
+    before, mark, query = path.partition("?")
+    if mark and (protocol in ("http", "https") or _SIGNED.search(query)):
+        path = before + "?***"
     return f"{protocol}://{host}{slash}{path}"
+
+
+_SIGNED = re.compile(r"(?i)(signature|credential|token|secret|password|\bsig|key)[^&=]*=")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+
+
+def _redact(text: str) -> str:
+    """A message of a client library, the addresses in it redacted."""
+    return _ADDRESS.sub(lambda found: redact_uri(found[0]), text)
 
 
 def safe_key(text: str) -> str:
@@ -148,40 +179,77 @@ def _is_from_client(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in _CLIENT_LIBRARIES
 
 
+def _error_code(error: BaseException) -> str:
+    """What S3 calls an error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        cause = cause.__cause__
+    return ""
+
+
 def _is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
     status = _http_status(error)
     if status is not None:
-        return status in _TRANSIENT_STATUS
+        return status in _TRANSIENT_STATUS or _error_code(error) in _TRANSIENT_CODES
     if isinstance(error, OSError):
         return error.errno not in _PERMANENT_ERRNO and not isinstance(error, PermissionError)
     return _is_from_client(error) and type(error).__name__ not in _PERMANENT_CLIENT_ERRORS
 
 
-def _retry(what: str, call: Callable[[], T], attempts: int, backoff_s: float) -> T:
-    """Call until it works, with exponential backoff and full jitter.
+def _harmless(error: BaseException) -> BaseException | None:
+    """The error as a cause to show, None where it or what led to it names a secret."""
+    link: BaseException | None = error
+    while link is not None:
+        if _redact(str(link)) != str(link):
+            return None
+        link = link.__cause__ or link.__context__
+    return error
 
-    Raises:
-        FileNotFoundError, FileExistsError: at once.
-        StorageError: a lasting fault, at once; or a passing one that did not pass.
-    """
-    for attempt in range(1, attempts + 1):
-        try:
-            return call()
-        except (FileNotFoundError, FileExistsError, StorageError):
-            raise
-        except Exception as error:
-            if not isinstance(error, OSError) and not _is_from_client(error):
+
+@dataclass(frozen=True)
+class _Retry:
+    """Calls until it works, with exponential backoff and full jitter."""
+
+    attempts: int = MAX_ATTEMPTS
+    backoff_s: float = BACKOFF_S
+
+    def __call__(self, what: str, call: Callable[[], T]) -> T:
+        """
+        Raises:
+            FileNotFoundError, FileExistsError: at once.
+            StorageError: a lasting fault, at once; or a passing one that did not pass.
+        """
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return call()
+            except (FileNotFoundError, FileExistsError) as error:
+                if _harmless(error) is not None:
+                    raise
+                number = errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EEXIST
+                raise OSError(number, os.strerror(number), what) from None
+            except StorageError:
                 raise
-            reason = f"{type(error).__name__}: {error}"
-            if not _is_transient(error):
-                raise StorageError(f"{what}: {reason}") from error
-            if attempt == attempts:
-                raise StorageError(f"{what}: failed {attempts} times, last {reason}") from error
-            wait_s = random.uniform(0, min(MAX_BACKOFF_S, backoff_s * 2 ** (attempt - 1)))
-            logger.warning("%s: attempt %d of %d: %s", what, attempt, attempts, reason)
-            time.sleep(wait_s)
-    raise ValueError(f"attempts: expected at least 1, got {attempts}")
+            except Exception as error:
+                if not isinstance(error, OSError) and not _is_from_client(error):
+                    raise
+                reason = f"{type(error).__name__}: {_redact(str(error))}"
+                if not _is_transient(error):
+                    raise StorageError(f"{what}: {reason}") from _harmless(error)
+                if attempt == self.attempts:
+                    raise StorageError(
+                        f"{what}: failed {attempt} times, last {reason}"
+                    ) from _harmless(error)
+                wait_s = random.uniform(0, min(MAX_BACKOFF_S, self.backoff_s * 2 ** (attempt - 1)))
+                logger.warning("%s: attempt %d of %d: %s", what, attempt, self.attempts, reason)
+                time.sleep(wait_s)
+        raise ValueError(f"attempts: expected at least 1, got {self.attempts}")
+
+
+_retry = _Retry()
 
 
 # --- backends ----------------------------------------------------------------------------------
@@ -265,8 +333,9 @@ class _LocalBackend:
         (self.root / key).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str) -> None:
-        if (self.root / prefix).is_dir():
-            shutil.rmtree(self.root / prefix)
+        while (self.root / prefix).is_dir():
+            with suppress(FileNotFoundError):  # another process may be removing the same
+                shutil.rmtree(self.root / prefix)
 
     def list(self, prefix: str) -> list[tuple[str, int]]:
         folder = self.root / prefix
@@ -281,9 +350,15 @@ _CREATE_LOCK = threading.Lock()  # fsspec's memory file system looks and creates
 
 
 class _RemoteBackend:
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, retry: _Retry) -> None:
         self.root = root
-        self.protocol = root.split("://", 1)[0]
+        self.retry = retry
+
+    def _writing(self) -> dict[str, Any]:
+        if self.root.split("://", 1)[0] not in _S3:
+            return {}
+        # One PUT below twice the chunk size
+        return {"chunksize": PUT_LIMIT_BYTES // 2, "max_concurrency": 1}
 
     def _at(self, key: str) -> tuple[Any, str]:
         filesystem, path = _filesystem(self.root, single_attempt=True)
@@ -291,24 +366,20 @@ class _RemoteBackend:
 
     def read(self, key: str) -> bytes:
         filesystem, path = self._at(key)
-        # One GET: s3fs would ask for the size and then for ranges, of which an overwrite in
-        # between makes a mix.
-        options = {"max_concurrency": 1} if self.protocol in ("s3", "s3a") else {}
-        return cast(bytes, filesystem.cat_file(path, **options))
+        if hasattr(filesystem, "call_s3"):
+            return _get_from_s3(filesystem, path).data
+        return cast(bytes, filesystem.cat_file(path))
 
     def open(self, key: str) -> BinaryIO:
-        return open_read(f"{self.root}/{key}")
+        return _opened(f"{self.root}/{key}", self.retry)
 
     def write(self, key: str, data: bytes) -> None:
         filesystem, path = self._at(key)
-        filesystem.pipe_file(path, data)
+        filesystem.pipe_file(path, data, **self._writing())
 
     def put(self, path: Path, key: str) -> None:
         filesystem, target = self._at(key)
-        options: dict[str, Any] = {}
-        if self.protocol in ("s3", "s3a"):  # one PUT below twice the chunk size
-            options = {"chunksize": PUT_LIMIT_BYTES // 2, "max_concurrency": 1}
-        filesystem.put_file(str(path), target, **options)
+        filesystem.put_file(str(path), target, **self._writing())
 
     def create(self, key: str, data: bytes) -> None:
         filesystem, path = self._at(key)
@@ -336,19 +407,24 @@ class _RemoteBackend:
 
     def delete_tree(self, prefix: str) -> None:
         filesystem, path = self._at(prefix)
-        found = filesystem.find(path)
-        if found:
-            filesystem.rm(found)
+        found = (name for name, _ in _remote_files(filesystem, path, self.retry))
+        if not hasattr(filesystem, "call_s3"):
+            for name in found:
+                filesystem.rm_file(name)
+            return
+        bucket, _, _ = filesystem.split_path(f"{path}/")
+        while batch := [{"Key": name[len(bucket) + 1 :]} for name in islice(found, KEYS_AT_ONCE)]:
+            what = {"Objects": batch, "Quiet": True}
+            errors = filesystem.call_s3("delete_objects", Bucket=bucket, Delete=what).get("Errors")
+            if errors:  # the call as a whole has worked; s3fs's own `rm` would pass over these
+                said = f"{errors[0].get('Code')}: {errors[0].get('Message')}"
+                raise OSError(errno.EIO, f"{len(errors)} keys are still there, the first by {said}")
 
     def list(self, prefix: str) -> list[tuple[str, int]]:
         filesystem, base = self._at("")
         _, path = self._at(prefix)
-        # On an object store a folder is nothing but a common beginning of keys.
-        return sorted(
-            (name[len(base) + 1 :], int(info["size"]))
-            for name, info in filesystem.find(f"{path}/", detail=True).items()
-            if info["type"] == "file" and name.startswith(f"{path}/")
-        )
+        found = _remote_files(filesystem, path, self.retry)
+        return [(name[len(base) + 1 :], int(info["size"])) for name, info in found]
 
 
 _filesystem_lock = threading.Lock()
@@ -362,6 +438,11 @@ def _filesystem(uri: str, *, single_attempt: bool = False) -> tuple[Any, str]:
     own connections). `single_attempt` turns the client's retries off, where `_retry` has them.
     """
     protocol = uri.split("://", 1)[0]
+    if protocol in _KEYLESS and redact_uri(uri).startswith(f"{protocol}://***@"):
+        raise StorageError(
+            f"{redact_uri(uri)}: expected an address without a key; give it by AWS_PROFILE, "
+            "AWS_ACCESS_KEY_ID or the store's own settings"
+        )
     cls = fsspec.get_filesystem_class(protocol)
     options: dict[str, Any] = cls._get_kwargs_from_urls(uri)
     path = cls._strip_protocol(uri)
@@ -369,9 +450,14 @@ def _filesystem(uri: str, *, single_attempt: bool = False) -> tuple[Any, str]:
         key = (os.getpid(), f"{protocol} {sorted(options.items())}", single_attempt)
         if key not in _filesystems:
             options["use_listings_cache"] = False
-            if protocol in ("s3", "s3a"):
+            if protocol in _S3:
                 options["default_cache_type"] = "none"  # Arrow reads exactly the ranges it needs
-                client: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60}
+                client: dict[str, Any] = {
+                    "connect_timeout": CONNECT_TIMEOUT_S,
+                    "read_timeout": CALL_TIMEOUT_S,
+                }
+                for name in _S3:  # the user's come first, such as the style of addresses
+                    client |= fsspec.config.conf.get(name, {}).get("config_kwargs", {})
                 if single_attempt:
                     client["retries"] = {"total_max_attempts": 1}
                 options["config_kwargs"] = client
@@ -402,8 +488,7 @@ class Store:
     ) -> None:
         if not root:
             raise ValueError("expected a path or <protocol>://…, got an empty root")
-        self._attempts = attempts
-        self._backoff_s = backoff_s
+        self._retry = _Retry(attempts, backoff_s)
         self._backend: _Backend
         if is_local(root):
             path = local_path(root).absolute()
@@ -411,17 +496,17 @@ class Store:
             self._backend = _LocalBackend(path)
         else:
             self.root = root.rstrip("/")
-            self._backend = _RemoteBackend(self.root)
+            self._backend = _RemoteBackend(self.root, self._retry)
 
     def __repr__(self) -> str:
         return f"Store({redact_uri(self.root)!r})"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_store, (self.root, self._attempts, self._backoff_s))
+        return (_store, (self.root, self._retry.attempts, self._retry.backoff_s))
 
     def _call(self, verb: str, key: str, call: Callable[[], T]) -> T:
         what = f"{verb} {redact_uri(self.uri(key) if key else self.root)}"
-        return _retry(what, call, self._attempts, self._backoff_s)
+        return self._retry(what, call)
 
     def uri(self, key: str) -> str:
         """The full address of a key."""
@@ -440,7 +525,7 @@ class Store:
         return self._call("read", key, lambda: self._backend.read(key))
 
     def open_read(self, key: str) -> BinaryIO:
-        """Open for reading, seekable. Raises: FileNotFoundError."""
+        """Open for reading, seekable, as `open_read`. Raises: FileNotFoundError."""
         _check_key(key)
         return self._call("open", key, lambda: self._backend.open(key))
 
@@ -504,17 +589,213 @@ def _store(root: str, attempts: int, backoff_s: float) -> Store:
 # --- inputs ------------------------------------------------------------------------------------
 
 
-def open_read(uri: str) -> BinaryIO:
+def open_read(uri: str, *, on_progress: Callable[[], None] | None = None) -> BinaryIO:
     """Open a file or object for reading, seekable.
 
+    An object is fetched in blocks of `READ_BLOCK_BYTES` when they are first needed, each of them
+    once: of more than one block, those fetched are kept in a nameless file in the folder for
+    temporary files (TMPDIR), which the kernel removes with the process, however that ends. At
+    most `MAX_SPOOLED_BYTES` are kept, and nothing that would leave less than `KEEP_FREE_SHARE` of
+    the disk free; other blocks are fetched again when they are needed again.
+
+    Args:
+        uri: local or remote address.
+        on_progress: called, from any thread, whenever some of an object arrives and before each
+            attempt to get it: the sign of life of a slow store.
     Raises:
         FileNotFoundError: there is nothing at this address.
+        StorageError: by this call or by reading: a fault that did not pass, or the object was
+            overwritten since it was opened.
     """
     if is_local(uri):
         return local_path(uri).open("rb")
-    filesystem, path = _filesystem(uri)
-    stream = filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES, cache_type="readahead")
-    return cast(BinaryIO, stream)
+    return _opened(uri, _retry, on_progress)
+
+
+def _opened(uri: str, retry: _Retry, on_progress: Callable[[], None] | None = None) -> BinaryIO:
+    return io.BufferedReader(_RemoteFile(uri, retry, on_progress or (lambda: None)))
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Some bytes of an object, the size of the whole, and the store's checksum where it has one."""
+
+    data: bytes
+    num_bytes: int
+    checksum: str | None
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object as a file for one thread; see `open_read`."""
+
+    def __init__(self, uri: str, retry: _Retry, on_progress: Callable[[], None]) -> None:
+        self.name = redact_uri(uri)
+        self._filesystem, self._path = _filesystem(uri, single_attempt=True)
+        self._retry = retry
+        self._on_progress = on_progress
+        self._at = 0
+        self._recent: dict[int, bytes] = {}  # the last used stands last
+        self._spool: BinaryIO | None = None
+        self._spooled: set[int] = set()
+        self._has_room = True
+        first = self._fetch(0)
+        self._num_bytes, self._checksum = first.num_bytes, first.checksum
+        self._recent[0] = first.data
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._num_bytes}[whence]
+        if origin + offset < 0:
+            raise OSError(errno.EINVAL, "expected a place in the file", self.name)
+        self._at = origin + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        into = memoryview(buffer).cast("B")
+        wanted = min(len(into), max(0, self._num_bytes - self._at))
+        done = 0
+        while done < wanted:
+            number, start = divmod(self._at, READ_BLOCK_BYTES)
+            count = min(READ_BLOCK_BYTES - start, wanted - done)
+            into[done : done + count] = self._piece(number, start, count)
+            done += count
+            self._at += count
+        return done
+
+    def close(self) -> None:
+        if self._spool is not None:
+            self._spool.close()
+        self._recent.clear()
+        super().close()
+
+    def _piece(self, number: int, start: int, count: int) -> bytes | memoryview:
+        """Some bytes of a block."""
+        if number in self._spooled:
+            assert self._spool is not None
+            place = number * READ_BLOCK_BYTES + start
+            piece = os.pread(self._spool.fileno(), count, place)
+            if len(piece) == count:
+                return piece
+            raise StorageError(f"read {self.name}: the disk of {tempfile.gettempdir()} fails")
+        data = self._recent.pop(number, None)
+        if data is None:
+            found = self._fetch(number)
+            if (found.num_bytes, found.checksum) != (self._num_bytes, self._checksum):
+                raise StorageError(f"read {self.name}: it was overwritten since it was opened")
+            data = found.data
+        if self._num_bytes > READ_BLOCK_BYTES and self._spool_block(number, data):
+            return memoryview(data)[start : start + count]
+        while len(self._recent) >= MAX_BLOCKS_IN_MEMORY:
+            del self._recent[next(iter(self._recent))]
+        self._recent[number] = data
+        return memoryview(data)[start : start + count]
+
+    def _spool_block(self, number: int, data: bytes) -> bool:
+        """Keep a block on disk, where there is room for it."""
+        if not self._has_room:
+            return False
+        try:
+            if self._spool is None:
+                self._spool = cast(BinaryIO, tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
+            disk = os.fstatvfs(self._spool.fileno())
+            free = disk.f_bavail * disk.f_frsize - len(data)
+            self._has_room = (
+                free >= KEEP_FREE_SHARE * disk.f_blocks * disk.f_frsize
+                and (len(self._spooled) + 1) * READ_BLOCK_BYTES <= MAX_SPOOLED_BYTES
+                and os.pwrite(self._spool.fileno(), data, number * READ_BLOCK_BYTES) == len(data)
+            )
+        except OSError as error:
+            self._has_room = False
+            logger.warning("%s: no copy of what is read: %s", self.name, error.strerror)
+        if self._has_room:
+            self._spooled.add(number)
+        else:
+            logger.info("%s: the rest is fetched whenever it is needed", self.name)
+        return self._has_room
+
+    def _fetch(self, number: int) -> _Range:
+        start = number * READ_BLOCK_BYTES
+        what = f"read {self.name} from byte {start}"
+
+        def fetch() -> _Range:
+            self._on_progress()
+            if hasattr(self._filesystem, "call_s3"):
+                return _get_from_s3(self._filesystem, self._path, start, self._on_progress)
+            info = self._filesystem.info(self._path)
+            if info.get("size") is None:
+                raise StorageError(f"{what}: the store does not tell how many bytes there are")
+            num_bytes = int(info["size"])
+            stop = min(start + READ_BLOCK_BYTES, num_bytes)
+            data = b""
+            if start < stop:
+                data = self._filesystem.cat_file(self._path, start=start, end=stop)
+            if len(data) != stop - start:
+                raise OSError(errno.EIO, f"expected {stop - start} bytes, got {len(data)}")
+            return _Range(data, num_bytes, _fingerprint_of(info))
+
+        return self._retry(what, fetch)
+
+
+def _get_from_s3(
+    filesystem: Any,
+    path: str,
+    start: int | None = None,
+    on_progress: Callable[[], None] | None = None,
+) -> _Range:
+    """A block of an object from `start` on, or the whole, by one GET.
+
+    s3fs would ask for the size first and then for ranges, of which an overwrite in between makes
+    a mix. Nor would it notice a reply that is not S3's.
+    """
+    bucket, key, version = filesystem.split_path(path)
+    request = {"Bucket": bucket, "Key": key, **filesystem.req_kw}
+    if version:
+        request["VersionId"] = version
+    if start is not None:
+        request["Range"] = f"bytes={start}-{start + READ_BLOCK_BYTES - 1}"
+
+    async def get() -> _Range:
+        async with asyncio.timeout(STALL_TIMEOUT_S):
+            reply = await filesystem._call_s3("get_object", **request)
+        data = bytearray()
+        try:
+            while True:
+                async with asyncio.timeout(STALL_TIMEOUT_S):
+                    piece = await reply["Body"].read(_PIECE_BYTES)
+                if not piece:
+                    break
+                data += piece
+                if on_progress is not None:
+                    on_progress()
+        finally:
+            reply["Body"].close()
+        told = (
+            reply.get("ContentRange") if start is not None else f"/{reply.get('ContentLength', 0)}"
+        )
+        if "ETag" not in reply or told is None:
+            raise OSError(errno.EIO, "expected an object of S3, got something else")
+        num_bytes = int(told.rpartition("/")[2])  # bytes 0-99/12345
+        expected = num_bytes
+        if start is not None:
+            expected = min(start + READ_BLOCK_BYTES, num_bytes) - start
+        if len(data) != expected:
+            raise OSError(errno.EIO, f"expected {expected} bytes, got {len(data)}")
+        return _Range(bytes(data), num_bytes, reply["ETag"])
+
+    try:
+        return cast(_Range, fsspec.asyn.sync(filesystem.loop, get))
+    except OSError as error:
+        if _http_status(error) == 416 and start == 0:  # an empty object has no ranges
+            return _Range(b"", 0, None)
+        raise
 
 
 def fingerprint_file(uri: str) -> tuple[int, str]:
@@ -532,7 +813,7 @@ def fingerprint_file(uri: str) -> tuple[int, str]:
     def fingerprint() -> tuple[int, str]:
         digest = blake2b(digest_size=16)
         if not is_local(uri):
-            filesystem, path = _filesystem(uri)
+            filesystem, path = _filesystem(uri, single_attempt=True)
             info = filesystem.info(path)
             known = _fingerprint_of(info)
             if known is not None:
@@ -548,7 +829,7 @@ def fingerprint_file(uri: str) -> tuple[int, str]:
                 digest.update(file.read(SAMPLE_BLOCK_BYTES))
         return size, digest.hexdigest()
 
-    return _retry(f"fingerprint {redact_uri(uri)}", fingerprint, MAX_ATTEMPTS, BACKOFF_S)
+    return _retry(f"fingerprint {redact_uri(uri)}", fingerprint)
 
 
 def _sample_starts(size: int) -> list[int]:
@@ -591,11 +872,10 @@ def list_objects(uri: str, extensions: Sequence[str]) -> Iterator[Listed]:
         StorageError: the store fails, or may not be read.
     """
     endings = tuple(extensions)
+    alone = str(local_path(uri)) if is_local(uri) else uri
     for item in _list_local(local_path(uri)) if is_local(uri) else _list_remote(uri):
-        is_the_one = item.uri == uri
-        if is_the_one or (
-            item.relative.lower().endswith(endings) and not _is_hidden(item.relative)
-        ):
+        is_fit = item.relative.lower().endswith(endings) and not _is_hidden(item.relative)
+        if is_fit or item.uri == alone:
             yield item
 
 
@@ -647,7 +927,7 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tup
             return (status.st_dev, status.st_ino), sorted(map(_with_slash, found))
 
     try:
-        here, names = _retry(f"list {folder}", entries, MAX_ATTEMPTS, BACKOFF_S)
+        here, names = _retry(f"list {folder}", entries)
     except FileNotFoundError:  # removed meanwhile
         return
     except StorageError as error:
@@ -676,7 +956,7 @@ def _list_remote(uri: str) -> Iterator[Listed]:
     filesystem, path = _filesystem(uri, single_attempt=True)
     base = path.rstrip("/")
     pattern = None
-    found = _remote_files(filesystem, base)
+    found = _remote_files(filesystem, base, _retry)
     first = next(found, None)
     if first is None:
 
@@ -684,7 +964,7 @@ def _list_remote(uri: str) -> Iterator[Listed]:
             return filesystem.info(base)
 
         try:
-            info = _retry(f"look up {redact_uri(uri)}", look, MAX_ATTEMPTS, BACKOFF_S)
+            info = _retry(f"look up {redact_uri(uri)}", look)
             if info["type"] == "file":
                 name = base.rpartition("/")[2]
                 yield Listed(name, uri, int(info["size"] or 0), _fingerprint_of(info))
@@ -695,7 +975,9 @@ def _list_remote(uri: str) -> Iterator[Listed]:
             pattern = re.compile(glob_translate(base))
             while glob.has_magic(base):
                 base = base.rpartition("/")[0]
-            found = (item for item in _remote_files(filesystem, base) if pattern.match(item[0]))
+            found = (
+                item for item in _remote_files(filesystem, base, _retry) if pattern.match(item[0])
+            )
             first = next(found, None)
     if first is None:
         raise FileNotFoundError(errno.ENOENT, "no such object or prefix", redact_uri(uri))
@@ -708,7 +990,9 @@ def _list_remote(uri: str) -> Iterator[Listed]:
         )
 
 
-def _remote_files(filesystem: Any, base: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _remote_files(
+    filesystem: Any, base: str, retry: _Retry
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(path, what the store says of it) of every object below `base`, by path.
 
     On an object store a folder is nothing but a common beginning of keys.
@@ -720,10 +1004,14 @@ def _remote_files(filesystem: Any, base: str) -> Iterator[tuple[str, dict[str, A
         while True:
 
             def page(token: dict[str, str] = token) -> Any:
-                options = {"Bucket": bucket, "Prefix": prefix, **filesystem.req_kw, **token}
-                return filesystem.call_s3("list_objects_v2", **options)
+                options = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": KEYS_AT_ONCE}
+                options |= {**filesystem.req_kw, **token}
+                listed = filesystem.call_s3("list_objects_v2", **options)
+                if "IsTruncated" not in listed:  # an empty reply must not look like no objects
+                    raise OSError(errno.EIO, "expected a listing, got something else")
+                return listed
 
-            listed = _retry(what, page, MAX_ATTEMPTS, BACKOFF_S)
+            listed = retry(what, page)
             for entry in listed.get("Contents", []):
                 if not entry["Key"].endswith("/"):  # consoles make such keys for empty folders
                     yield f"{bucket}/{entry['Key']}", {"size": entry["Size"], "ETag": entry["ETag"]}
@@ -732,10 +1020,12 @@ def _remote_files(filesystem: Any, base: str) -> Iterator[tuple[str, dict[str, A
             token = {"ContinuationToken": listed["NextContinuationToken"]}
 
     def find() -> Any:
-        return filesystem.find(f"{base}/", detail=True)
+        with suppress(FileNotFoundError):  # a web server has no folder of a file's name
+            return filesystem.find(f"{base}/", detail=True)
+        return {}
 
-    for name, info in sorted(_retry(what, find, MAX_ATTEMPTS, BACKOFF_S).items()):
-        if info["type"] == "file" and name.startswith(f"{base}/"):
+    for name, info in sorted(retry(what, find).items()):
+        if info.get("type") == "file" and name.startswith(f"{base}/"):
             yield name, info
 
 

@@ -4,6 +4,10 @@
   python -m tests.benchmark decode tracker  some of them
   python -m tests.benchmark memory          the 30-minute video (minutes)
   python -m tests.benchmark planning        a million clips planned and planned again (minutes)
+  python -m tests.benchmark remote_reading  videos in object storage (minutes)
+  python -m tests.benchmark small_clips     two thousand of them (minutes)
+  python -m tests.benchmark scheduling      1 to 16 model processes with a played GPU (minutes)
+  python -m tests.benchmark thousand_gpus   what they would ask of driver and store (minutes)
 
 Each figure is the median of several interleaved rounds, with the smallest and the largest.
 Absolute times are only meaningful on a named GPU: see `gpu_hmr2.py`.
@@ -16,7 +20,7 @@ import sys
 from importlib import import_module
 
 QUICK = ("decode", "hmr", "tracker", "keeping_up", "engine")
-ALL = (*QUICK, "memory", "planning")
+ALL = (*QUICK, "memory", "planning", "remote_reading", "small_clips", "scheduling", "thousand_gpus")
 
 
 def main(words: list[str]) -> int:

@@ -1,36 +1,39 @@
 """The store, the tables and the lease on S3, over HTTP.
 
-`moto` answers as S3 does; FOURDH_TEST_S3 may name another endpoint, e.g. a Ceph gateway, with the
-access key `test` and the secret `testtest`. Faults come from a server of a few lines, which can
-refuse, cut and forget replies at will.
+`moto` answers as S3 does; `make test-s3` runs the same against Ceph's gateway. What happens when
+the store fails is in tests/fault/test_storage_faults.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from fourdh_batch import storage
-from fourdh_batch.errors import OutputInUseError, StorageError
-from fourdh_batch.storage import Store, fingerprint_file, list_files, list_objects, open_read
+from fourdh_batch.errors import OutputInUseError
+from fourdh_batch.storage import (
+    Store,
+    fingerprint_file,
+    list_files,
+    list_objects,
+    open_read,
+    redact_uri,
+)
 from fourdh_batch.tables.manifest import Lease
 from fourdh_batch.tables.reader import read_tracks
+from tests.s3_proxy import ACCESS_KEY, ENVIRONMENT, SECRET_KEY, S3Proxy, has_endpoint, s3_endpoint
 from tests.table_rows import finished_spool, publish
 
 pytest.importorskip("s3fs")
-ENDPOINT = os.environ.get("FOURDH_TEST_S3")
 needs_s3 = pytest.mark.skipif(
-    ENDPOINT is None and not all(map(importlib.util.find_spec, ("moto", "flask", "flask_cors"))),
+    not has_endpoint(),
     reason="moto[s3], flask and flask-cors are not installed and FOURDH_TEST_S3 is not set",
 )
 BUCKET = f"bucket-{os.getpid()}"
@@ -41,10 +44,8 @@ FILESYSTEMS: dict[str, dict[object, object]] = {}
 
 def use_endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testtest")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     # File systems remember their endpoint; one set of them per endpoint saves seconds.
     monkeypatch.setattr(storage, "_filesystems", FILESYSTEMS.setdefault(url, {}))
 
@@ -53,33 +54,14 @@ def use_endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if ENDPOINT is not None:
-        yield ENDPOINT
-        return
-    log = tmp_path_factory.mktemp("moto") / "log"
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while "Running on http://" not in log.read_text():
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        yield "http://" + log.read_text().split("Running on http://")[1].split()[0]
-    finally:
-        server.terminate()
-        server.wait(10)
+def s3_url() -> str:
+    return s3_endpoint()
 
 
 @pytest.fixture
 def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
     use_endpoint(s3_url, monkeypatch)
-    store = Store(f"s3://{BUCKET}/{request.node.name}")
+    store = Store(f"s3://{BUCKET}/{re.sub('[^a-z0-9_]+', '-', request.node.name)}")
     filesystem, _ = store.filesystem()
     if not filesystem.exists(BUCKET):
         filesystem.mkdir(BUCKET)
@@ -140,8 +122,10 @@ def test_s3_large_files_go_up_in_several_parts(
     monkeypatch.setattr(storage, "PUT_LIMIT_BYTES", 10 * 2**20)
     data = os.urandom(12 * 2**20)
     (tmp_path / "big").write_bytes(data)
-    s3.put_file(tmp_path / "big", "big")
-    assert s3.read_bytes("big") == data
+    s3.put_file(tmp_path / "big", "put")
+    s3.write_bytes("written", data)
+    assert s3.read_bytes("put") == data
+    assert s3.read_bytes("written") == data
 
 
 @needs_s3
@@ -170,8 +154,8 @@ def test_s3_tables_are_published_overwritten_and_read(s3: Store, s3_url: str) ->
         publish(s3, [finished_spool(s3, v, num_frames) for v in ("a", "../b")])
         options = {
             "endpoint_url": s3_url,
-            "key": "test",
-            "secret": "testtest",
+            "key": ACCESS_KEY,
+            "secret": SECRET_KEY,
             "skip_instance_cache": True,
         }
         frame = pd.read_parquet(f"{s3.root}/tracks", storage_options=options)
@@ -208,165 +192,151 @@ with open_read(store.uri("a")) as stream:
     assert done.stdout + done.stderr == ""
 
 
-# --- faults ------------------------------------------------------------------------------------
+NAMES = (
+    "#1.mp4",
+    "+ plus & and = is.mp4",
+    "50%25 %2F.mp4",
+    "[a]*?.mp4",
+    "a b/ü 字 \u202e.mp4",
+    "quote'\"<>.mp4",
+    "~.mp4",
+)
 
 
-class FaultyServer(ThreadingHTTPServer):
-    """PUT and GET of whole objects; `plan` holds what happens to the next requests."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), FaultyHandler)
-        self.objects: dict[str, bytes] = {}
-        self.plan: list[str] = []
-        self.num_requests = 0
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Connections that the client gave up are part of the game."""
-
-
-class FaultyHandler(BaseHTTPRequestHandler):
-    server: FaultyServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Silence."""
-
-    def answer(self, status: int, body: bytes = b"", *, cut: bool = False) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", '"0"')
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if cut else body)
-        self.close_connection = cut
-
-    def error(self, status: int, code: str) -> None:
-        self.answer(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
-
-    def fault(self) -> str:
-        self.server.num_requests += 1
-        return self.server.plan.pop(0) if self.server.plan else ""
-
-    def do_PUT(self) -> None:
-        fault = self.fault()
-        size = int(self.headers["Content-Length"])
-        if fault == "cut":
-            self.rfile.read(size // 2)
-            self.close_connection = True
-            return
-        data = self.rfile.read(size)
-        if fault.isdigit():
-            self.error(int(fault), {"503": "SlowDown", "403": "AccessDenied"}.get(fault, "X"))
-        elif self.headers.get("If-None-Match") and self.path in self.server.objects:
-            self.error(412, "PreconditionFailed")
-        else:
-            self.server.objects[self.path] = data
-            if fault == "forget":
-                self.close_connection = True
-            else:
-                self.answer(200)
-
-    def do_GET(self) -> None:
-        fault = self.fault()
-        if fault.isdigit():
-            self.error(int(fault), "InternalError")
-        elif self.path not in self.server.objects:
-            self.error(404, "NoSuchKey")
-        else:
-            self.answer(200, self.server.objects[self.path], cut=fault == "cut")
+@needs_s3
+@pytest.mark.parametrize("pattern", ["", "/*.mp4"])
+def test_s3_any_name_is_listed_fingerprinted_read_and_deleted(s3: Store, pattern: str) -> None:
+    for name in NAMES:
+        s3.write_bytes(f"v/{name}", name.encode())
+    s3.write_bytes("v/a.mp4", b"what a careless glob of [a]*?.mp4 would take")
+    listed = list(list_objects(s3.uri("v") + pattern, (".mp4",)))
+    expected = sorted(n for n in (*NAMES, "a.mp4") if not pattern or "/" not in n)
+    assert [item.relative for item in listed] == expected
+    for item in listed:
+        assert fingerprint_file(item.uri) == (item.num_bytes, item.fingerprint)
+        if item.relative != "a.mp4":
+            with open_read(item.uri) as stream:
+                assert stream.read() == item.relative.encode()
+            assert [f.uri for f in list_objects(item.uri, ())] == [item.uri]
+    s3.delete("v/[a]*?.mp4")
+    assert s3.exists("v/a.mp4")
+    s3.write_bytes("v/[a]*?.mp4/x", b"")
+    s3.delete_tree("v/[a]*?.mp4")
+    assert s3.exists("v/a.mp4")
+    s3.delete_tree("v")
+    assert s3.list("v") == []
 
 
-@pytest.fixture(scope="module")
-def faulty_server() -> Iterator[FaultyServer]:
-    with FaultyServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def check_many_keys(s3: Store, num_keys: int) -> None:
+    filesystem, root = s3.filesystem()
+    filesystem.pipe({f"{root}/many/{i:04}.mp4": b"%d" % i for i in range(num_keys)})
+    s3.write_bytes("many.txt", b"a neighbour")
+    assert [key for key, _ in s3.list("many")] == [f"many/{i:04}.mp4" for i in range(num_keys)]
+    first = next(list_objects(s3.uri("many"), (".mp4",)))
+    assert first[:3] == ("0000.mp4", s3.uri("many/0000.mp4"), 1)
+    assert len(list_files(s3.uri("many"), (".mp4",))) == num_keys
+    s3.delete_tree("many")
+    assert s3.list() == [("many.txt", 11)]
 
 
-@pytest.fixture
-def faulty(
-    faulty_server: FaultyServer, monkeypatch: pytest.MonkeyPatch
-) -> tuple[FaultyServer, Store]:
-    faulty_server.objects.clear()
-    faulty_server.plan.clear()
-    faulty_server.num_requests = 0
-    # The handler does not know the trailing checksums that the client adds by default.
-    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    use_endpoint(f"http://127.0.0.1:{faulty_server.server_port}", monkeypatch)
-    return faulty_server, Store("s3://bucket/out", attempts=4, backoff_s=0.001)
-
-
-@pytest.mark.parametrize("fault", ["503", "500", "429", "cut", "forget"])
-def test_a_write_survives_passing_faults(faulty: tuple[FaultyServer, Store], fault: str) -> None:
-    server, store = faulty
-    server.plan = [fault] * 3
-    store.write_bytes("a", b"0123456789" * 1000)
-    assert server.num_requests == 4
-    assert server.objects == {"/bucket/out/a": b"0123456789" * 1000}
-
-
-@pytest.mark.parametrize("fault", ["503", "500", "cut"])
-def test_a_read_survives_passing_faults(faulty: tuple[FaultyServer, Store], fault: str) -> None:
-    server, store = faulty
-    server.objects["/bucket/out/a"] = b"0123456789" * 1000
-    server.plan = [fault] * 3
-    assert store.read_bytes("a") == b"0123456789" * 1000
-    assert server.num_requests == 4
-
-
-def test_a_fault_that_stays_names_key_and_attempts_but_no_secret(
-    faulty: tuple[FaultyServer, Store],
+@needs_s3
+def test_s3_many_keys_are_listed_by_pages_and_deleted_in_batches(
+    s3: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server, store = faulty
-    server.plan = ["503"] * 99
-    with pytest.raises(StorageError, match="write s3://bucket/out/a: failed 4 times") as caught:
-        store.write_bytes("a", b"1")
-    assert "testtest" not in str(caught.value) + repr(store)
-    assert server.num_requests == 4
+    monkeypatch.setattr(storage, "KEYS_AT_ONCE", 20)
+    check_many_keys(s3, 45)
 
 
-def test_an_upload_that_is_cut_shows_nothing(faulty: tuple[FaultyServer, Store]) -> None:
-    server, store = faulty
-    server.plan = ["cut"] * 99
-    with pytest.raises(StorageError, match="failed 4 times"):
-        store.write_bytes("a", bytes(100_000))
-    assert server.objects == {}
+@needs_s3
+@pytest.mark.slow
+def test_s3_more_keys_than_a_page_of_the_store(s3: Store) -> None:
+    check_many_keys(s3, 1050)
 
 
-def test_refusals_are_not_retried(faulty: tuple[FaultyServer, Store]) -> None:
-    server, store = faulty
-    server.plan = ["403"]
-    with pytest.raises(StorageError, match="write s3://bucket/out/a: PermissionError"):
-        store.write_bytes("a", b"1")
-    with pytest.raises(FileNotFoundError):
-        store.read_bytes("missing")
-    assert server.num_requests == 2
+@needs_s3
+def test_s3_what_is_not_there_is_not_found(s3: Store) -> None:
+    for uri in (s3.uri("none"), s3.uri("none/*.mp4"), "s3://no-such-bucket-anywhere/v"):
+        with pytest.raises(FileNotFoundError):
+            list(list_objects(uri, (".mp4",)))
+        with pytest.raises(FileNotFoundError):
+            open_read(uri)
+    s3.write_bytes("empty", b"")
+    with open_read(s3.uri("empty")) as stream:
+        assert stream.read() == b""
+        assert stream.seek(0, os.SEEK_END) == 0
 
 
-def test_a_lost_reply_does_not_lose_the_race(faulty: tuple[FaultyServer, Store]) -> None:
-    server, store = faulty
-    server.plan = ["forget"]
-    assert store.create_exclusive("lease", b"mine")
-    assert not store.create_exclusive("lease", b"other")
-    server.plan = ["503"]
-    assert not store.create_exclusive("lease", b"third")
-    assert server.objects == {"/bucket/out/lease": b"mine"}
+@needs_s3
+def test_s3_a_signed_address_is_read_over_http(s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "READ_BLOCK_BYTES", 4096)
+    data = os.urandom(10_000)
+    s3.write_bytes("a.mp4", data)
+    filesystem, root = s3.filesystem()
+    signed = filesystem.sign(f"{root}/a.mp4")
+    assert signed.startswith("http")
+    with open_read(signed) as stream:
+        assert stream.read() == data
+    (item,) = list_objects(signed, ())
+    assert item.num_bytes == 10_000
+    assert "?***" in redact_uri(item.uri)
 
 
-def test_a_store_that_cannot_be_reached_is_a_storage_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    use_endpoint("http://127.0.0.1:9", monkeypatch)
-    calls: list[Callable[[Store], object]] = [
-        lambda store: store.write_bytes("a", b""),
-        lambda store: store.list(),
-        lambda store: store.exists("a"),
-        lambda store: store.create_exclusive("a", b""),
-    ]
-    for call in calls:
-        with pytest.raises(StorageError, match="failed 2 times"):
-            call(Store("s3://bucket/out", attempts=2, backoff_s=0.001))
+# --- settings ----------------------------------------------------------------------------------
+
+WRITE = """
+import sys
+from fourdh_batch.storage import Store
+Store(sys.argv[1]).write_bytes("a", b"1")
+"""
+PROFILE = f"""
+[profile other]
+aws_access_key_id = {ACCESS_KEY}
+aws_secret_access_key = {SECRET_KEY}
+region = eu-west-3
+endpoint_url = URL
+s3 =
+    addressing_style = path
+"""
+FSSPEC = (
+    '{"s3": {"endpoint_url": "URL", "client_kwargs": {"region_name": "eu-west-3"}, '
+    '"config_kwargs": {"s3": {"addressing_style": "path"}}}}'
+)
+
+
+@needs_s3
+@pytest.mark.parametrize("way", ["aws environment", "aws profile", "fsspec file", "fsspec env"])
+def test_s3_settings_are_those_of_aws_and_fsspec(s3: Store, tmp_path: Path, way: str) -> None:
+    (tmp_path / "fsspec").mkdir()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FSSPEC_"))}
+    kept |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": f"{tmp_path}/config"}
+    kept |= {"AWS_SHARED_CREDENTIALS_FILE": "/none", "FSSPEC_CONFIG_DIR": f"{tmp_path}/fsspec"}
+    keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+    with S3Proxy(s3_endpoint()) as proxy:
+        # Where the host has a name the client would put the bucket before it, unless told.
+        url = proxy.url.replace("127.0.0.1", "localhost")
+        if way == "aws environment":
+            kept |= {**keys, "AWS_REGION": "eu-west-3", "AWS_ENDPOINT_URL": proxy.url}
+            kept["AWS_DEFAULT_REGION"] = "eu-west-3"
+        elif way == "aws profile":
+            (tmp_path / "config").write_text(PROFILE.replace("URL", url))
+            kept["AWS_PROFILE"] = "other"
+        elif way == "fsspec file":
+            (tmp_path / "fsspec" / "s3.json").write_text(FSSPEC.replace("URL", url))
+            kept |= keys
+        else:
+            kept["FSSPEC_S3_KEY"], kept["FSSPEC_S3_SECRET"] = ACCESS_KEY, SECRET_KEY
+            kept["FSSPEC_S3"] = FSSPEC.replace("URL", url)[len('{"s3": ') : -1]
+        done = subprocess.run(
+            [sys.executable, "-c", WRITE, s3.root],
+            env=kept,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        (seen,) = [request for request in proxy.requests if request.method == "PUT"]
+        assert seen.path == f"/{s3.root[5:]}/a"
+        assert f"Credential={ACCESS_KEY}/" in seen.headers["authorization"]
+        assert "/eu-west-3/s3/" in seen.headers["authorization"]
+    assert s3.read_bytes("a") == b"1"
