@@ -32,7 +32,7 @@ from fourdh_batch.pipeline.corpus import stream_corpus
 from fourdh_batch.pipeline.dry_run import MAX_HEADERS, MAX_SHARDS, DryRun, dry_run
 from fourdh_batch.pipeline.job import OnProgress, RunReport, changes_key, summary_of
 from fourdh_batch.pipeline.job import Progress as JobProgress
-from fourdh_batch.pipeline.plan import read_generations
+from fourdh_batch.pipeline.plan import assignments
 from fourdh_batch.pipeline.records import UNTRAINED
 from fourdh_batch.pipeline.status import RUNNING, status_of
 from fourdh_batch.storage import Store
@@ -191,7 +191,7 @@ def verify_command(
             report = verify_root(
                 output,
                 dataset=dataset,
-                planned=lambda name: (row for _, of in read_generations(store, name) for row in of),
+                planned=lambda name: assignments(store, name),
                 corpus=None if videos is None else ((v.video_id, v.fingerprint) for v in videos),
                 quick=quick,
                 on_progress=on_progress,
@@ -486,7 +486,7 @@ def _guarded(call: Callable[[], int]) -> int:
     except OSError as error:
         typer.echo(f"error: {error}", err=True)
         return FAIL
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter from Ray's handler while it starts
         typer.echo("stopped; finished videos are kept, the same command goes on", err=True)
         return FAIL
 

@@ -35,7 +35,7 @@ class VideoConfig:
         max_chunk_mb: a chunk of large pictures is cut earlier, MiB of RGB.
         max_megapixels: larger pictures are refused before decoding.
         stall_timeout_s: a decoder that hands out no chunk for so long is killed, seconds.
-        decoder_memory_mb: address space of a decoding process, MiB; 0 for no limit.
+        decoder_memory_mb: memory that a decoding process may take, MiB; 0 for no limit.
         detect_shots: find hard cuts, start the location cue afresh there, fill `shot_id`.
     """
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from fourdh_batch.cluster.metrics import begin_process
 from fourdh_batch.config import JobConfig, VideoConfig
-from fourdh_batch.errors import StorageError, VideoError
+from fourdh_batch.errors import StorageError, VideoError, WorkerDiedError
 from fourdh_batch.logs import about
 from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.reading import read_chunks
 from fourdh_batch.types import DecodeSummary, FrameChunk
 
 _MIB = 1 << 20
+_DATA_SIZE = re.compile(r"^VmData:\s+(\d+) kB", re.MULTILINE)  # of proc(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +94,51 @@ def decode_unit(
                         batch, num_frames, num_bytes = [], 0, 0
         except (VideoError, StorageError) as error:
             batch.append((number, error))
+        except MemoryError:
+            batch.append((number, _out_of_memory(video, config)))
+        if batch and not gather:
+            yield batch
+            batch = []
     if batch:
         yield batch
+
+
+def decode_unit_limited(
+    videos: Sequence[Video], config: VideoConfig, *, start: int = 0, gather: bool = True
+) -> Iterator[Opening | list[tuple[int, Decoded]]]:
+    """`decode_unit` in a process whose memory may grow by `video.decoder_memory_mb`, no more.
+
+    Memory shared with other processes, such as Ray's object store, does not count.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if config.decoder_memory_mb:
+        size_kib = int(_DATA_SIZE.findall(Path("/proc/self/status").read_text())[0])
+        limit = (size_kib << 10) + config.decoder_memory_mb * _MIB
+        hard = before[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield from decode_unit(videos, config, start=start, gather=gather)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)  # the process serves others, too
+
+
+def _out_of_memory(video: Video, config: VideoConfig) -> WorkerDiedError:
+    return WorkerDiedError(
+        f"the decoding process met its memory limit of {config.decoder_memory_mb} MiB",
+        video=video.video_id,
+        stage="decode",
+    )
 
 
 def decode(
     unit: Unit, config: JobConfig, start: int
 ) -> Iterator[Opening | list[tuple[int, Decoded]]]:
-    """`decode_unit` in a process of its own."""
+    """`decode_unit_limited` in a process of its own."""
     begin_process(config)
     with about(**unit.log_fields):
-        yield from decode_unit(unit.videos, config.video, start=start, gather=not unit.alone)
+        gather = not unit.alone
+        yield from decode_unit_limited(unit.videos, config.video, start=start, gather=gather)
 
 
 @dataclass(frozen=True, slots=True)

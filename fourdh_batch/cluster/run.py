@@ -599,7 +599,8 @@ class _Scheduler:
 
     def _publish(self, shard: Shard, outcomes: list[VideoOutcome], attempt: int) -> None:
         earlier = self._ledger.work_of(shard).commit
-        ref = publish_shard_task.options(num_cpus=0).remote(
+        # A task that asks for nothing would run on a head node that is to have no work.
+        ref = publish_shard_task.options(num_cpus=0.01).remote(
             self._config, self._card, shard, outcomes, earlier, self._run_id
         )
         self._publishing[ref] = (shard, outcomes, attempt)

@@ -21,7 +21,13 @@ from typing import Literal
 from fourdh_batch.config import JobConfig
 from fourdh_batch.errors import ManifestError
 from fourdh_batch.pipeline.corpus import Video, raise_twice
-from fourdh_batch.pipeline.plan import Shard, cut_shards, read_generations, write_generation
+from fourdh_batch.pipeline.plan import (
+    TAKEN_OUT,
+    Shard,
+    cut_shards,
+    read_generations,
+    write_generation,
+)
 from fourdh_batch.pipeline.shard import QUARANTINED
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.manifest import COMMITS, CommitRecord, VideoRecord, commit_key
@@ -160,7 +166,8 @@ class Increment:
             self._count()
             if self._record:
                 rows = self._db.execute("SELECT video_id, shard_id FROM fresh ORDER BY rowid")
-                write_generation(self._store, self._config.dataset, generation, rows)
+                written = write_generation(self._store, self._config.dataset, generation, rows)
+                self._generation = generation + written
         except BaseException:
             self._close()
             raise
@@ -192,6 +199,13 @@ class Increment:
         for shard_id, _ in self._shards(_REMOVED):
             key = commit_key(shard_id)
             yield CommitRecord.from_json(self._store.read_bytes(key), key)
+
+    def record_removals(self) -> None:
+        """Have the plan forget the videos that have left the tables; when they have."""
+        rows = self._db.execute(
+            "SELECT video_id, ? FROM change WHERE kind = 'removed' ORDER BY rowid", (TAKEN_OUT,)
+        )
+        write_generation(self._store, self._config.dataset, self._generation, rows)
 
     def changes(self) -> Iterator[Change]:
         """Why videos are not up to date: one entry for each, in no order of use.
@@ -236,6 +250,7 @@ class Increment:
         for number, rows in read_generations(self._store, self._config.dataset):
             db.executemany("INSERT OR REPLACE INTO placed VALUES (?, ?)", rows)
             last = number
+        db.execute("DELETE FROM placed WHERE shard_id = ?", (TAKEN_OUT,))
         unplaced = db.cursor().execute(
             "SELECT v.video_id, v.num_bytes FROM video v LEFT JOIN placed p USING (video_id) "
             "WHERE p.video_id IS NULL ORDER BY v.video_id"

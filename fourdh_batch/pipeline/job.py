@@ -21,6 +21,7 @@ import pyarrow as pa
 from fourdh_batch import __version__
 from fourdh_batch.config import JobConfig, to_dict
 from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
+from fourdh_batch.logs import about
 from fourdh_batch.pipeline.increment import Increment, ShardWork
 from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.records import ModelCard
@@ -191,6 +192,7 @@ class Ledger:
             logger.warning(
                 "shard %s, video %s: %s: %s",
                 *(shard.shard_id, outcome.video_id, outcome.status, outcome.problem),
+                extra={"shard": shard.shard_id, "video": outcome.video_id},
             )
         entry = self._open[shard.shard_id]
         if outcome.video_id in entry.outcomes:
@@ -206,7 +208,7 @@ class Ledger:
 
     def published(self, report: ShardReport) -> None:
         """A shard is in the tables."""
-        logger.info("%s", report.line())
+        logger.info("%s", report.line(), extra={"shard": report.shard_id})
         work = self._open.pop(report.shard_id).work
         self.report.shards.append(report)
         if work.commit is not None:
@@ -216,7 +218,8 @@ class Ledger:
 
     def fail(self, shard: Shard, reason: str) -> None:
         """Give a shard up; the job goes on."""
-        logger.error("shard %s: not published: %s", shard.shard_id, reason)
+        where = {"shard": shard.shard_id}
+        logger.error("shard %s: not published: %s", shard.shard_id, reason, extra=where)
         self._open.pop(shard.shard_id, None)
         self.report.failed_shards[shard.shard_id] = reason
 
@@ -280,7 +283,7 @@ def bring_up_to_date(
     run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
     report = RunReport(run_id=run_id, output=config.output, card=card)
     lease = Lease(store)
-    with ExitStack() as stack:
+    with about(run=run_id), ExitStack() as stack:
 
         def take_lease() -> None:
             stack.enter_context(lease)
@@ -310,6 +313,8 @@ def bring_up_to_date(
                     on_tick(progress)
 
                 work(Ledger(store, plan.work(), totals, report, on_progress, tick))
+            if config.plan.remove_missing and not report.failed_shards:
+                plan.record_removals()
             _discard_left_over(store, plan)
     return report
 
@@ -412,7 +417,7 @@ def _recorded(
                 "frames": report.frames_run,
                 "actor_seconds": round(report.actor_s, 3),
                 "track_rows": sum(shard.num_track_rows for shard in report.shards),
-                "object_bytes": sum(shard.num_bytes for shard in report.shards),
+                "object_bytes": sum(map(_new_bytes, report.shards)),
                 "device": report.device,
             },
         }
@@ -438,6 +443,11 @@ def _recorded(
     done = sum(shard.num_videos for shard in report.shards)
     last = replace(last, shards_done=len(report.shards), videos_done=done)
     write("done", report.exit_code)
+
+
+def _new_bytes(shard: ShardReport) -> int:
+    """About the share of the videos that were worked on in the objects of a shard."""
+    return shard.num_bytes * shard.num_videos // max(1, shard.num_videos + shard.num_kept)
 
 
 def _redacted(value: Any) -> Any:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -28,6 +30,7 @@ from fourdh_batch.tables.manifest import fingerprint_of
 
 _MIB = 1 << 20
 _BATCH_ROWS = 1 << 16
+TAKEN_OUT = ""
 _GENERATION = re.compile(r"(\d{6,})\.(json|parquet)", re.ASCII)
 _GENERATION_SCHEMA = pa.schema(
     [pa.field("video_id", pa.string(), False), pa.field("shard_id", pa.string(), False)]
@@ -71,11 +74,8 @@ def plan_shards(
     Returns:
         Shards with at least one video of today, in `shard_id` order.
     """
-    assigned: dict[str, str] = {}
-    last = 0
-    for number, rows in read_generations(store, dataset):
-        assigned.update(rows)
-        last = number
+    assigned = dict(assignments(store, dataset))
+    last = max((number for number, _ in read_generations(store, dataset)), default=0)
     ordered = sorted(videos, key=lambda v: v.video_id)
     new = list(
         cut_shards(
@@ -133,8 +133,28 @@ def cut_shards(
         yield video_id, shard_id
 
 
+def assignments(store: Store, dataset: str) -> Iterator[tuple[str, str]]:
+    """(video_id, shard_id) of every video that was planned and not taken out, in `video_id` order.
+
+    Raises:
+        SchemaError: as `read_generations`.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="fourdh-plan-") as folder,
+        closing(sqlite3.connect(Path(folder) / "plan.sqlite")) as db,
+    ):
+        db.execute("PRAGMA journal_mode=OFF")
+        db.execute("PRAGMA synchronous=OFF")
+        db.execute("CREATE TABLE placed (video_id TEXT PRIMARY KEY, shard_id TEXT) WITHOUT ROWID")
+        for _, rows in read_generations(store, dataset):
+            db.executemany("INSERT OR REPLACE INTO placed VALUES (?, ?)", rows)
+        yield from db.execute("SELECT * FROM placed WHERE shard_id != ? ORDER BY 1", (TAKEN_OUT,))
+
+
 def read_generations(store: Store, dataset: str) -> Iterator[tuple[int, Iterator[tuple[str, str]]]]:
     """Every recorded plan of a dataset, oldest first: its number, and (video_id, shard_id).
+
+    A later one counts; `TAKEN_OUT` as shard says that the video left the tables.
 
     Raises:
         SchemaError: a file there is not a recorded plan.
@@ -148,12 +168,16 @@ def read_generations(store: Store, dataset: str) -> Iterator[tuple[int, Iterator
 
 def write_generation(
     store: Store, dataset: str, generation: int, rows: Iterable[tuple[str, str]]
-) -> None:
-    """Record new assignments (video_id, shard_id); nothing is written where there are none."""
+) -> bool:
+    """Record new assignments (video_id, shard_id), where there are any.
+
+    Returns:
+        Whether there were.
+    """
     rest = iter(rows)
     batch = list(islice(rest, _BATCH_ROWS))
     if not batch:
-        return
+        return False
     with tempfile.TemporaryDirectory(prefix="fourdh-plan-") as folder:
         path = Path(folder) / "plan.parquet"
         with pq.ParquetWriter(path, _GENERATION_SCHEMA, compression="zstd") as writer:
@@ -161,6 +185,7 @@ def write_generation(
                 writer.write_table(pa.table(list(zip(*batch, strict=True)), _GENERATION_SCHEMA))
                 batch = list(islice(rest, _BATCH_ROWS))
         store.put_file(path, f"{plan_folder(dataset)}/{generation:06d}.parquet")
+    return True
 
 
 def _read_json(store: Store, key: str) -> Iterator[tuple[str, str]]:

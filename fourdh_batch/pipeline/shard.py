@@ -194,7 +194,11 @@ class VideoTracking:
         for frame, people in zip(frames, people_of_frames(result), strict=True):
             self._undecided.append((frame, size, None if looks is None else looks[people]))
         if not self._num_frames and self._video.start_s is not None:
-            self._next_frame = frames[0]  # nothing is lost before a window
+            self._next_frame = frames[0]
+            # Frames lost at the very beginning of a window show in its first time alone.
+            step_s = float(np.median(np.diff(result.pts_s))) if len(frames) > 1 else 0.0
+            late_s = float(result.pts_s[0]) - self._video.start_s
+            self._lost_frames = frames[0] > 0 and late_s > 1.5 * step_s
         self._num_frames += len(frames)
         self._lost_frames |= frames[-1] + 1 - self._next_frame != len(frames)
         self._next_frame = frames[-1] + 1

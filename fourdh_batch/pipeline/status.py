@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from fourdh_batch.errors import FourdhError
 from fourdh_batch.pipeline.job import RUNS
-from fourdh_batch.pipeline.plan import read_generations
+from fourdh_batch.pipeline.plan import assignments
 from fourdh_batch.storage import Store, redact_uri, safe_key
 from fourdh_batch.tables.check_shard import read_commit
 from fourdh_batch.tables.manifest import COMMITS, NUM_READ_THREADS
@@ -345,11 +345,10 @@ def _counts_from_commits(store: Store, status: Status, dataset: str | None) -> N
     left = planned = 0
     for name in names:
         try:
-            for _, rows in read_generations(store, name):
-                for video, shard in rows:
-                    planned += 1
-                    shards.add(shard)
-                    left += video not in done.get(name, ())
+            for video, shard in assignments(store, name):
+                planned += 1
+                shards.add(shard)
+                left += video not in done.get(name, ())
         except FourdhError as error:
             status.notes.append(str(error))
             return
