@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench bench-published clean
+.PHONY: help setup demo test test-slow test-s3 lint format bench bench-published clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -27,6 +27,9 @@ test: $(STAMP) ## Lint, types and tests (2 cores, no network, no GPU)
 
 test-slow: $(STAMP) ## Also the slow tests: full ViT-H goldens, long videos
 	$(BIN)/python -m pytest -m slow
+
+test-s3: $(STAMP) ## The tests that speak S3, against Ceph's gateway (Debian packages; see docs/STORAGE.md)
+	PYTHON=$(BIN)/python infra/test_s3.sh
 
 lint: $(STAMP) ## Ruff and strict mypy
 	$(BIN)/ruff check .

@@ -957,7 +957,9 @@ def _list_remote(uri: str) -> Iterator[Listed]:
     base = path.rstrip("/")
     pattern = None
     found = _remote_files(filesystem, base, _retry)
-    first = next(found, None)
+    # A web server may answer for a folder of a file's name with anything.
+    is_web_file = uri.startswith(("http://", "https://")) and not uri.endswith("/")
+    first = None if is_web_file else next(found, None)
     if first is None:
 
         def look() -> Any:
@@ -966,12 +968,13 @@ def _list_remote(uri: str) -> Iterator[Listed]:
         try:
             info = _retry(f"look up {redact_uri(uri)}", look)
             if info["type"] == "file":
-                name = base.rpartition("/")[2]
+                name = redact_uri(uri).removesuffix("?***").rstrip("/").rpartition("/")[2]
                 yield Listed(name, uri, int(info["size"] or 0), _fingerprint_of(info))
                 return
         except FileNotFoundError:
             pass
-        if glob.has_magic(base):
+        first = next(found, None)
+        if first is None and glob.has_magic(base):
             pattern = re.compile(glob_translate(base))
             while glob.has_magic(base):
                 base = base.rpartition("/")[0]

@@ -21,7 +21,8 @@ if [ -n "$missing" ]; then
 fi
 
 if [ $# -eq 0 ]; then
-    set -- "${PYTHON:-.venv/bin/python}" -m pytest -p no:cacheprovider tests/unit/test_storage_s3.py \
+    set -- "${PYTHON:-.venv/bin/python}" -m pytest -m "slow or not slow" \
+        tests/unit/test_storage_s3.py \
         tests/fault/test_storage_faults.py tests/integration/test_job_s3.py
 fi
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -19,6 +22,7 @@ from fourdh_batch.storage import (
     Store,
     fingerprint_file,
     list_files,
+    list_objects,
     open_read,
     redact_uri,
     safe_key,
@@ -54,6 +58,17 @@ def test_a_folder_is_listed_without_its_neighbours(store: Store) -> None:
     assert store.list("plan/av") == []
     store.delete_tree("plan/ava")
     assert [key for key, _ in store.list()] == ["4", "plan/ava2/3"]
+
+
+def test_a_folder_may_be_deleted_by_several_at_once(store: Store) -> None:
+    for i in range(50):
+        store.write_bytes(f"work/{i % 7}/{i}", b"")
+    threads = [threading.Thread(target=store.delete_tree, args=("work",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.list() == []
 
 
 def test_absent_keys_are_absent(store: Store) -> None:
@@ -233,6 +248,13 @@ def test_secrets_do_not_show() -> None:
     assert redact_uri("ftp://user:pass@host/x@y") == "ftp://***@host/x@y"
     assert redact_uri("https://h/a.mp4?X-Amz-Signature=abc") == "https://h/a.mp4?***"
     assert redact_uri("s3://bucket/a@b?.mp4") == "s3://bucket/a@b?.mp4"
+    assert redact_uri("s3://key:se/cret@bucket/a") == "s3://***@bucket/a"
+    assert redact_uri("http://[::1]:80/a@b") == "http://[::1]:80/a@b"
+    assert redact_uri("az://box/a?sv=1&sig=abc") == "az://box/a?***"
+    assert redact_uri("s3://bucket/a?versionId=1") == "s3://bucket/a?versionId=1"
+    for address in ("s3://key:secret@bucket/a", "gs://key:se/cret@bucket/a"):
+        with pytest.raises(StorageError, match=r"://\*\*\*@bucket/a: expected an address without"):
+            open_read(address)
     assert redact_uri("/local/a@b?x") == "/local/a@b?x"
     assert "pass" not in repr(Store("sftp://user:pass@host/x"))
 
@@ -275,6 +297,43 @@ def test_a_folder_lists_its_videos_at_all_depths(tmp_path: Path) -> None:
     assert list_files(f"{tmp_path}/a/none*", endings) == []
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         list_files(f"{tmp_path}/missing", endings)
+
+
+def test_a_listing_is_in_the_order_of_whole_paths(store: Store) -> None:
+    names = ["a-b.mp4", "a.mp4", "a/x.mp4", "a0.mp4", "aa/b.mp4", "z.mp4", "é/1.mp4", "字.mp4"]
+    for name in reversed(names):
+        store.write_bytes(f"v/{name}", b"1")
+    assert [item.relative for item in list_objects(store.uri("v"), (".mp4",))] == names
+    assert [key for key, _ in store.list("v")] == [f"v/{name}" for name in names]
+
+
+def test_one_file_needs_no_ending_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"1")
+    monkeypatch.chdir(tmp_path)
+    for address in (f"{tmp_path}/a.txt", f"file://{tmp_path}/a.txt", "a.txt", "./a.txt"):
+        assert [item[0] for item in list_files(address, (".mp4",))] == ["a.txt"]
+
+
+def test_a_remote_file_behaves_like_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "READ_BLOCK_BYTES", 100)
+    data = bytes(range(256)) * 4
+    store = Store("memory://store-test/file")
+    store.write_bytes("a", data)
+    dice = random.Random(0)
+    with store.open_read("a") as there, io.BytesIO(data) as here:
+        for _ in range(300):
+            at, size = dice.randrange(1100), dice.choice([0, 1, 99, 100, 101, 350, -1])
+            assert there.seek(at) == here.seek(at)
+            assert there.read(size) == here.read(size)
+            assert there.tell() == here.tell()
+        assert there.seek(-24, os.SEEK_END) == 1000
+        assert there.read() == data[1000:]
+        with pytest.raises(OSError, match="expected a place in the file"):
+            there.seek(-2000, os.SEEK_END)
+    with pytest.raises(ValueError, match="closed"):
+        there.read()
 
 
 def test_a_linked_folder_is_followed(tmp_path: Path) -> None:
