@@ -84,9 +84,9 @@ def undisturbed_tables(words: Sequence[str]) -> Tables:
 
 
 def without(tables: Tables, video_id: str) -> Tables:
-    """The rows of all other videos."""
+    """The rows of all other videos, whole numbers as such also where a null stood among them."""
     return {
-        name: frame[frame["video_id"] != video_id].reset_index(drop=True)
+        name: frame[frame["video_id"] != video_id].reset_index(drop=True).convert_dtypes()
         for name, frame in tables.items()
     }
 
@@ -229,12 +229,15 @@ class Faults:
 
     def num_redone(self) -> int:
         """Frames that have gone through the models more than once, counted each time."""
-        seen: Counter[tuple[str, int]] = Counter(
-            (chunk.video, frame)
-            for chunk in self.passes()
-            for frame in range(chunk.first, chunk.last + 1)
-        )
-        return sum(count - 1 for count in seen.values())
+        return num_redone(self.passes())
+
+
+def num_redone(passes: Iterable[Pass]) -> int:
+    """Frames that have gone through the models more than once, counted each time."""
+    seen: Counter[tuple[str, int]] = Counter()
+    for chunk in passes:
+        seen.update((chunk.video, frame) for frame in range(chunk.first, chunk.last + 1))
+    return sum(seen.values()) - len(seen)
 
 
 class Bench(Faults):

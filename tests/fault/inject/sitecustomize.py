@@ -31,7 +31,7 @@ from types import ModuleType
 from typing import Any
 
 RULES = os.environ.get("FOURDH_TEST_FAULTS", "")
-ASK_TIMEOUT_S = 120.0
+ASK_TIMEOUT_S = 900.0
 
 
 def meet(at: str, video: str = "", first: int = 0, last: int = 0) -> None:
