@@ -7,6 +7,7 @@
     ├── SchemaError          stop: a table that does not fit its schema
     ├── OutputInUseError     stop: another driver holds the output
     ├── StorageError         retry: the store failed; the same call may succeed later
+    │   └── LostRowsError        redo: a published object is not the one that was committed
     └── VideoError           record and go on: one row in `failures`, the job continues
         ├── EmptyFileError          EMPTY            no bytes at all
         ├── NotAVideoError          NOT_A_VIDEO      not one of the containers we read
@@ -59,6 +60,10 @@ class OutputInUseError(FourdhError, RuntimeError):
 
 class StorageError(FourdhError, OSError):
     """The store failed; the same call may succeed later."""
+
+
+class LostRowsError(StorageError):
+    """A published object is gone, or is not the one that was committed."""
 
 
 class VideoError(FourdhError):

@@ -43,6 +43,7 @@ from fourdh_batch.errors import (
     ConfigError,
     DecodeStalledError,
     FourdhError,
+    LostRowsError,
     SchemaError,
     StorageError,
     VideoError,
@@ -612,7 +613,10 @@ class _Scheduler:
         except Exception as error:
             if blame(error, had_begun=True) is Blame.STOP:
                 raise _cause(error) from error
-            if attempt >= STORAGE_ATTEMPTS:
+            if isinstance(_cause(error), LostRowsError):
+                logger.warning("%s; its other videos are done again", _cause(error))
+                self._enqueue(self._ledger.redo_kept(shard))
+            elif attempt >= STORAGE_ATTEMPTS:
                 self._fail_shard(shard, str(_cause(error)))
             else:
                 self._publish(shard, outcomes, attempt + 1)

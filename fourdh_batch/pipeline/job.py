@@ -206,6 +206,24 @@ class Ledger:
             return None
         return [entry.outcomes[v.video_id] for v in videos if v.video_id in entry.outcomes]
 
+    def redo_kept(self, shard: Shard) -> Shard:
+        """The rows that were to be taken over are lost: their videos have to be done, too.
+
+        Returns:
+            The shard with these videos alone.
+        """
+        entry = self._open[shard.shard_id]
+        keep = entry.work.keep
+        entry.work = replace(entry.work, keep=frozenset(), commit=None)
+        whole = entry.work.shard
+        videos = tuple(v for v in whole.videos if v.video_id in keep)
+        self._totals = replace(
+            self._totals,
+            videos_total=self._totals.videos_total + len(videos),
+            bytes_total=self._totals.bytes_total + sum(v.num_bytes for v in videos),
+        )
+        return replace(whole, videos=videos)
+
     def published(self, report: ShardReport) -> None:
         """A shard is in the tables."""
         logger.info("%s", report.line(), extra={"shard": report.shard_id})

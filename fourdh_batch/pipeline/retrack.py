@@ -32,6 +32,7 @@ from fourdh_batch.config import JobConfig, require
 from fourdh_batch.errors import (
     ConfigError,
     FourdhError,
+    LostRowsError,
     ManifestError,
     StorageError,
     VideoError,
@@ -71,7 +72,7 @@ from fourdh_batch.pipeline.shard import (
 )
 from fourdh_batch.storage import Store, open_read, safe_key
 from fourdh_batch.tables.frames import FrameRuns
-from fourdh_batch.tables.manifest import CODE_VERSION, COMMITS, fingerprint_of
+from fourdh_batch.tables.manifest import CODE_VERSION, COMMITS, commit_key, fingerprint_of
 from fourdh_batch.tables.reader import read_arrow
 from fourdh_batch.tables.schema import TABLES, schema_version
 from fourdh_batch.tables.writer import WORK, WorkSpool
@@ -237,6 +238,10 @@ def _publish(
         try:
             earlier = ledger.work_of(shard).commit
             published = publish(ledger.store, config, card, shard, outcomes, earlier)
+        except LostRowsError as error:
+            key = commit_key(shard.shard_id)
+            ledger.fail(shard, f"{error}. Delete {key} and run again to track all its videos")
+            return
         except StorageError as error:
             if attempt == STORAGE_ATTEMPTS:
                 ledger.fail(shard, str(error))

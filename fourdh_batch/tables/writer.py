@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,8 +32,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fourdh_batch.errors import SchemaError, StorageError
-from fourdh_batch.storage import Store, safe_key
+from fourdh_batch.errors import LostRowsError, SchemaError, StorageError
+from fourdh_batch.storage import READ_BLOCK_BYTES, Store, safe_key
 from fourdh_batch.tables.manifest import (
     CommitRecord,
     ObjectRecord,
@@ -516,6 +517,9 @@ def saved_spools(store: Store, shard_id: str) -> list[SavedSpool]:
 class PublishedShard:
     """Rows of single videos out of the published objects of a shard.
 
+    An object is fetched whole and must be the one that was committed: after a run that was killed
+    between two objects of the shard it is not.
+
     Args:
         store: the output root.
         commit: record of the shard.
@@ -533,26 +537,41 @@ class PublishedShard:
         """The rows of a table of one video, row group by row group.
 
         Raises:
-            StorageError: the object is gone or damaged, or does not hold the rows that were
-                committed.
+            LostRowsError: the object is gone, or is not the one that was committed.
+            StorageError: the store failed.
         """
-        key = self._commit.objects[name].key
-        where = f"shard {self._commit.shard_id}, video {video_id}: {key}"
+        record = self._commit.objects[name]
         found = 0
-        try:
-            for rows in self._groups(name, key, video_id):
-                found += rows.num_rows
-                yield rows
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StorageError(f"{where}: {error}") from error
+        if name not in self._files:
+            self._files[name] = self._fetch(record)
+        for rows in self._groups(name, video_id):
+            found += rows.num_rows
+            yield rows
         expected = self._num_rows[video_id].get(name)
         if found != expected:
-            raise StorageError(f"{where}: expected {expected} rows, got {found}")
+            raise LostRowsError(
+                f"shard {self._commit.shard_id}, video {video_id}: {record.key}: "
+                f"expected {expected} rows, got {found}"
+            )
 
-    def _groups(self, name: str, key: str, video_id: str) -> Iterator[Any]:
-        if name not in self._files:
-            stream = self._open.enter_context(self._store.open_read(key))
-            self._files[name] = pq.ParquetFile(stream)
+    def _fetch(self, record: ObjectRecord) -> Any:
+        where = f"shard {self._commit.shard_id}: {record.key}"
+        temporary = tempfile.TemporaryFile(prefix="fourdh-")  # noqa: SIM115 - closed by `close`
+        file = self._open.enter_context(temporary)
+        try:
+            with self._store.open_read(record.key) as source:
+                shutil.copyfileobj(source, file, READ_BLOCK_BYTES)
+        except FileNotFoundError as error:
+            raise LostRowsError(f"{where}: is gone") from error
+        except OSError as error:
+            raise StorageError(f"{where}: {error}") from error
+        file.seek(0)
+        digest = file_digest(file, "sha256").hexdigest()
+        if digest != record.sha256:
+            raise LostRowsError(f"{where}: expected SHA-256 {record.sha256}, got {digest}")
+        return pq.ParquetFile(file)
+
+    def _groups(self, name: str, video_id: str) -> Iterator[Any]:
         file = self._files[name]
         column = file.schema_arrow.get_field_index("video_id")
         for number in range(file.metadata.num_row_groups):

@@ -135,6 +135,24 @@ def test_only_what_is_new_changed_or_gone_is_worked_on(nights: Nights) -> None:
     assert "1 gone from the corpus\n  d.mp4\n" in text
 
 
+def test_rows_that_cannot_be_taken_over_are_made_again(nights: Nights) -> None:
+    before = nights.tables()
+    [commit] = [
+        body
+        for path in (nights.out / "_commits").iterdir()
+        if "a.mp4" in (body := json.loads(path.read_text()))["videos"][0]["video_id"]
+    ]
+    damaged = nights.out / commit["objects"]["tracks"]["key"]
+    damaged.write_bytes(damaged.read_bytes()[:-9] + b"otherwise")
+    nights.add("b", 33, seed=31)
+    report = nights.run()
+    assert report.changes == {"changed": 1}
+    assert report.frames_run == 33 + nights.frames["a"]
+    for key, rows in nights.tables().items():
+        if key.split()[1] != "b":
+            pd.testing.assert_frame_equal(rows, before[key], check_exact=True)
+
+
 def test_other_settings_do_everything_again_and_back(nights: Nights) -> None:
     total = sum(nights.frames.values())
     report = nights.run("tracker.max_age=3")
