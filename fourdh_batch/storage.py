@@ -792,6 +792,9 @@ def _get_from_s3(
 
     try:
         return cast(_Range, fsspec.asyn.sync(filesystem.loop, get))
+    except TimeoutError as error:  # fsspec leaves out what it was
+        said = f"no byte within {STALL_TIMEOUT_S:g} s"
+        raise TimeoutError(errno.ETIMEDOUT, said) from error
     except OSError as error:
         if _http_status(error) == 416 and start == 0:  # an empty object has no ranges
             return _Range(b"", 0, None)

@@ -111,7 +111,7 @@ wait_for "gateway" curl --silent --fail "http://127.0.0.1:$s3_port/"
 radosgw-admin --name client.rgw.one user create --uid=test --display-name=test \
     --access-key=$KEY --secret-key=$SECRET > /dev/null 2>> "$home/start.log"
 ready=yes
-echo "$(radosgw --version | cut -d' ' -f1-3), up after $SECONDS s"
+echo "$(radosgw --version | cut -d' ' -f1-3), up after $SECONDS s" >&2
 
 export FOURDH_TEST_S3=http://127.0.0.1:$s3_port
 # The tests set the key and the secret; these are for other commands.

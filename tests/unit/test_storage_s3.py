@@ -42,12 +42,12 @@ BUCKET = f"bucket-{os.getpid()}"
 FILESYSTEMS: dict[str, dict[object, object]] = {}
 
 
-def use_endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_endpoint(url: str, monkeypatch: pytest.MonkeyPatch, settings: str = "") -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     # File systems remember their endpoint; one set of them per endpoint saves seconds.
-    monkeypatch.setattr(storage, "_filesystems", FILESYSTEMS.setdefault(url, {}))
+    monkeypatch.setattr(storage, "_filesystems", FILESYSTEMS.setdefault(url + settings, {}))
 
 
 # --- a real protocol ---------------------------------------------------------------------------
