@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -152,6 +152,50 @@ class Pass:
         return self.last + 1 - self.first
 
 
+class Driver:
+    """The job's script as a process.
+
+    Attributes:
+        pid, exit_code: of the process; None while it runs.
+    """
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        self._told, self._said = log.with_suffix(".json"), log.with_suffix(".log")
+        with self._told.open("wb") as told, self._said.open("wb") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, str(JOB), *words, "--json"],
+                env=dict(env),
+                cwd=REPO,
+                stdout=told,
+                stderr=said,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    @property
+    def said(self) -> str:
+        """What stands in its log."""
+        return self._said.read_text(errors="replace")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What it printed at its end; empty where it did not come to that."""
+        return json.loads(self._told.read_text() or "{}")
+
+    def wait(self, timeout_s: float = 800.0) -> int:
+        """Its exit code, at its end."""
+        return self._process.wait(timeout_s)
+
+    def kill(self) -> None:
+        """SIGKILL for the driver alone, as the kernel would; its Ray has to notice by itself."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+
 class Faults:
     """A file of rules, what has come of them, and the environment that makes them work.
 
@@ -162,7 +206,7 @@ class Faults:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / "rules.json"
-        self._number = 0
+        self._drivers: list[Driver] = []
         self.rules = []
 
     @property
@@ -171,8 +215,13 @@ class Faults:
 
     @rules.setter
     def rules(self, rules: Sequence[Mapping[str, Any]]) -> None:
+        """New rules; what the former ones did, and all passes, are forgotten."""
+        self.renew(rules)
+        Path(f"{self._file}.frames").unlink(missing_ok=True)
+
+    def renew(self, rules: Sequence[Mapping[str, Any]]) -> None:
         """New rules; what the former ones did is forgotten."""
-        for old in self._file.parent.glob(f"{self._file.name}.*"):
+        for old in self._file.parent.glob(f"{self._file.name}.[0-9]*"):
             old.unlink()
         self._rules = [dict(rule) for rule in rules]
         part = self._file.with_suffix(".part")
@@ -194,6 +243,18 @@ class Faults:
         env.pop("RAY_ADDRESS", None)
         return env
 
+    def start(self, words: Iterable[str], *, env: Mapping[str, str] | None = None) -> Driver:
+        """The job's script as a process that knows the rules, and may be killed."""
+        log = self._file.parent / f"driver{len(self._drivers)}"
+        driver = Driver([*words], {**self.environment(), **(env or {})}, log)
+        self._drivers.append(driver)
+        return driver
+
+    def stop(self) -> None:
+        """Let no driver live longer than the test that started it."""
+        for driver in self._drivers:
+            driver.kill()
+
     def times_met(self, number: int) -> int:
         """How often a rule was acted on."""
         return sum(
@@ -206,11 +267,11 @@ class Faults:
         path = Path(f"{self._file}.{number}.note")
         return path.read_text() if path.exists() else None
 
-    def wait_for(self, number: int, *, timeout_s: float = 400.0, alive: Callable[[], bool]) -> str:
+    def wait_for(self, number: int, driver: Driver, *, timeout_s: float = 800.0) -> str:
         """The same, once it is there."""
         deadline = time.monotonic() + timeout_s
         while (node := self.note(number)) is None:
-            assert alive(), "the job ended before the fault was met"
+            assert driver.exit_code is None, driver.said
             assert time.monotonic() < deadline, "the fault was not met"
             time.sleep(0.02)
         return node
@@ -305,26 +366,6 @@ class Bench(Faults):
         tail = self._log.read_text(errors="replace")[-3000:]
         assert answer, f"no answer within {timeout_s:g} s:\n{tail}"
         return Run(**json.loads(answer))
-
-
-def start_job(
-    words: Iterable[str], *, env: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
-    """The job's script as a process, which may be killed."""
-    return subprocess.Popen(
-        [sys.executable, str(JOB), *words, "--json"],
-        env=env,
-        cwd=REPO,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for the driver alone, as the kernel would; its Ray has to notice by itself."""
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
 
 
 # --- the other side ----------------------------------------------------------------------------

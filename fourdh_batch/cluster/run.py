@@ -20,11 +20,12 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -797,7 +798,9 @@ def _ray(config: JobConfig) -> Iterator[None]:
         ray.init(address=address, **log)
     if on_terminate is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in the place
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    # Ray prints what happens to its processes; the output of a job is its summary alone.
+    with redirect_stdout(sys.stderr):
+        try:
+            yield
+        finally:
+            ray.shutdown()
