@@ -217,8 +217,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path)
         seen = Request(self.command, path, {k.lower(): v for k, v in self.headers.items()})
         with server.lock:
-            strikes = [f for f in server.faults if f.strikes(self.command, path, server.dice)]
-            fault = strikes[0] if strikes else Fault("")
+            strikes = (f for f in server.faults if f.strikes(self.command, path, server.dice))
+            fault = next(strikes, Fault(""))
             seen.fault = fault.kind
             server.requests.append(seen)
         self.began = time.monotonic()
@@ -273,13 +273,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         if self.command != "HEAD" and status != 204:
             self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
         part = data
         if seen.fault in ("reset", "truncate", "stall"):
             part = data[: len(data) // 2]
+        else:
+            seen.status = status  # before the client can see the end of the reply
+        self.end_headers()
         for start in range(0, len(part), PIECE_BYTES):
-            self.wfile.write(part[start : start + PIECE_BYTES])
             seen.num_bytes = min(start + PIECE_BYTES, len(part))
+            self.wfile.write(part[start : start + PIECE_BYTES])
             if self.server.bytes_per_s is not None:
                 due_s = first_byte + seen.num_bytes / self.server.bytes_per_s
                 time.sleep(max(0.0, due_s - time.monotonic()))
@@ -293,8 +295,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._drop()
         elif seen.fault == "stall":
             self._wait_for_the_client()
-        else:
-            seen.status = status
 
     def _drop(self) -> None:
         self.close_connection = True
