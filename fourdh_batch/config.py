@@ -556,6 +556,12 @@ def _impossible(config: JobConfig) -> list[str]:
             "0 or more",
             cluster.max_gpu_actors,
         ),
+        (
+            "plan.limit",
+            not (plan.limit and plan.remove_missing),
+            "0 with plan.remove_missing, which would take all others out",
+            plan.limit,
+        ),
         ("plan.max_removed", 0 <= plan.max_removed <= 1, "0 to 1", plan.max_removed),
         ("cluster.chunks_ahead", cluster.chunks_ahead >= 1, "at least 1", cluster.chunks_ahead),
         (

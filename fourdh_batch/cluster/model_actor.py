@@ -227,13 +227,14 @@ class ModelWorker:
         ended: dict[int, StorageError | None],
     ) -> tuple[list[Event], int]:
         """What the tracker is to be told of these items, and how many frames they had."""
-        chunks = [item for n, item in items if isinstance(item, FrameChunk) and n not in ended]
+        before = set(ended)
+        chunks = [item for n, item in items if isinstance(item, FrameChunk) and n not in before]
         results = iter(engine.run(chunks))
         events: list[Event] = []
         for number, item in items:
             if number in ended:  # an error of the models came before
-                if isinstance(item, FrameChunk):
-                    next(results, None)
+                if isinstance(item, FrameChunk) and number not in before:
+                    next(results)
                 continue
             event: Event
             if isinstance(item, FrameChunk):

@@ -8,7 +8,7 @@ ones of a shard) is idempotent, so it may run again anywhere. Who is to blame fo
   it is a suspect and runs again *alone*; if it dies alone it is quarantined with the evidence;
 - an unexpected error of our own code: again once, then quarantine;
 - storage: again, then the shard fails and the job goes on;
-- wrong settings, weights or schema: the job stops.
+- wrong settings or weights: the job stops.
 
 Which video was being worked on is read from the journal, not guessed from the order of errors, and
 finished rows are looked for before anything is redone.
@@ -69,8 +69,10 @@ from fourdh_batch.pipeline.shard import (
     ShardReport,
     VideoOutcome,
     record_failure,
+    report_of,
 )
 from fourdh_batch.storage import Store, safe_key
+from fourdh_batch.tables.manifest import CommitRecord, commit_key
 from fourdh_batch.tables.writer import WORK
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,9 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 LOOK_AROUND_S = 1.0  # between two looks at what stalls, what is lacking, what has joined
 STARVING_S = 60.0  # without a running unit for so long, say what is lacking
+RESTART_PAUSE_S = 30.0  # after a model process that did not start
+MIN_PUBLISHING = 8  # shards that are merged and written at a time, or two per model process
+MAX_FAILED_SHARDS_IN_A_ROW = 20
 FREE_RETRIES = 3  # then even an innocent-looking unit is a suspect
 MAX_FAILED_STARTS = 3  # of model processes, in a row
 MAX_DEATHS_WITHOUT_WORK = 10  # then it is not a handful of bad videos in a row
@@ -107,7 +112,7 @@ def blame(error: BaseException, *, had_begun: bool) -> Blame:
     cause: BaseException = error
     if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         cause = error.cause
-    if isinstance(cause, (ConfigError, CheckpointError, SchemaError)):
+    if isinstance(cause, (ConfigError, CheckpointError)):
         return Blame.STOP
     if isinstance(cause, StorageError):
         return Blame.STORAGE
@@ -196,6 +201,9 @@ class _Scheduler:
         self._queue: deque[_Pending] = deque()
         self._publishing: dict[Any, tuple[Shard, list[VideoOutcome], int]] = {}
         self._attempts: Counter[tuple[str, str]] = Counter()
+        self._storage_attempts: Counter[tuple[str, str]] = Counter()
+        self._failed_in_a_row = 0
+        self._start_again_at = -math.inf
         self._num_units = 0
         self._has_more = True
         self._in_progress = {key.split("/")[1] for key, _ in ledger.store.list(WORK)}
@@ -220,9 +228,11 @@ class _Scheduler:
             self._ledger.close()
         finally:
             self._ledger.report.num_units = self._num_units
-            self._ledger.report.frames_run = ray.get(self._journal.num_frames.remote())
             for lane in list(self._lanes):
                 self._remove(lane)
+            with suppress(RayError):
+                num_frames = ray.get(self._journal.num_frames.remote(), timeout=CLOSE_TIMEOUT_S)
+                self._ledger.report.frames_run = num_frames
             self._metrics.count_storage_retries(until_now=True)
 
     @property
@@ -234,7 +244,8 @@ class _Scheduler:
     def _take_shards(self) -> None:
         """Keep the queue long enough for all model processes; the rest stays in the plan."""
         places = self._wanted_lanes * self._config.cluster.units_per_actor
-        while self._has_more and len(self._queue) <= places:
+        publishing = max(MIN_PUBLISHING, 2 * self._wanted_lanes)
+        while self._has_more and len(self._queue) <= places and len(self._publishing) < publishing:
             work = self._ledger.next_shard()
             if work is None:
                 self._has_more = False
@@ -358,6 +369,8 @@ class _Scheduler:
     def _start_lanes(self) -> None:
         needed = min(self._wanted_lanes, len(self._queue) + sum(map(_is_busy, self._lanes)))
         cluster = self._config.cluster
+        if time.monotonic() < self._start_again_at:
+            return
         while self._queue and len(self._lanes) < needed:
             model = ModelActor.options(
                 num_cpus=cluster.cpus_per_actor,
@@ -452,9 +465,13 @@ class _Scheduler:
             self._remove(lane)
             if blame(error, had_begun=True) is Blame.STOP:
                 raise _cause(error) from error
+            logger.warning("a model process did not start: %s", str(error).splitlines()[0])
+            if any(other.is_ready for other in self._lanes):  # the job goes on without it
+                self._metrics.count("model_deaths")
+                self._start_again_at = time.monotonic() + RESTART_PAUSE_S
+                return
             if blame(error, had_begun=False) is not Blame.NOBODY:
                 raise
-            logger.warning("a model process did not start: %s", str(error).splitlines()[0])
             self._failed_starts = self._count_death(error, self._failed_starts, MAX_FAILED_STARTS)
             return
         self._failed_starts = 0
@@ -493,10 +510,22 @@ class _Scheduler:
         shard = running.unit.shard
         for outcome in result.outcomes:
             self._done(shard, outcome)
-        if result.unread:
-            videos = tuple(v for v in shard.videos if v.video_id in result.unread)
-            again = _Pending(replace(shard, videos=videos), alone=running.pending.alone)
-            self._judge(again, next(iter(result.unread.values())), opened=0)
+        for video in shard.videos:
+            if reason := result.unread.get(video.video_id):
+                self._unread(shard, video, reason, alone=running.pending.alone)
+
+    def _unread(self, shard: Shard, video: Video, error: StorageError, *, alone: bool) -> None:
+        """The store did not hand out a file: again, then the shard goes without it."""
+        if self._ledger.has_failed(shard):
+            return
+        self._metrics.count("retries", label=Blame.STORAGE.value)
+        self._storage_attempts[shard.shard_id, video.video_id] += 1
+        if self._storage_attempts[shard.shard_id, video.video_id] < STORAGE_ATTEMPTS:
+            self._enqueue(replace(shard, videos=(video,)), alone=alone)
+            return
+        outcomes = self._ledger.give_up(shard, video.video_id, str(error))
+        if outcomes is not None:
+            self._publish(self._ledger.work_of(shard).shard, outcomes, attempt=1)
 
     def _end_unit(self, running: _Running) -> int | None:
         """A unit died: its tracker, if there, saves what is finished.
@@ -523,8 +552,9 @@ class _Scheduler:
         free_retries = pending.free_retries
         if verdict is Blame.NOBODY:
             free_retries += 1
-            if opened is not None and free_retries > FREE_RETRIES:
-                verdict = Blame.SUSPECT
+            lost = isinstance(cause, LOST_WITH_A_NODE) or NODE_DIED in str(cause)
+            if free_retries > FREE_RETRIES and (opened is not None or not lost):
+                verdict = Blame.SUSPECT  # also where its tracker dies of taking it on
         culprits = _culprits(pending, left, cause, opened, verdict)
         self._metrics.count("retries", label=verdict.value)
         text = str(cause).strip().splitlines()
@@ -541,8 +571,9 @@ class _Scheduler:
         if verdict is Blame.STOP:
             raise cause
         shard_id = pending.shard.shard_id
+        attempts = self._storage_attempts if verdict is Blame.STORAGE else self._attempts
         for video in culprits:
-            self._attempts[shard_id, video.video_id] += 1
+            attempts[shard_id, video.video_id] += 1
         if verdict is Blame.CODE:
             self._unexpected.add((shard_id, culprits[0].video_id))
             if len(self._unexpected) >= MAX_UNEXPECTED_ERRORS_IN_A_ROW:
@@ -551,7 +582,7 @@ class _Scheduler:
                     f"error; the last one was\n{error}"
                 ) from error
         if verdict is Blame.STORAGE:
-            if any(self._attempts[shard_id, v.video_id] >= STORAGE_ATTEMPTS for v in culprits):
+            if any(attempts[shard_id, v.video_id] >= STORAGE_ATTEMPTS for v in culprits):
                 self._fail_shard(pending.shard, str(cause))
                 return
             culprits = []  # nobody's fault: again as they are
@@ -617,11 +648,32 @@ class _Scheduler:
             if isinstance(_cause(error), LostRowsError):
                 logger.warning("%s; its other videos are done again", _cause(error))
                 self._enqueue(self._ledger.redo_kept(shard))
+            elif found := self._published_all_the_same(shard, outcomes):
+                self._published(shard, found)
             elif attempt >= STORAGE_ATTEMPTS:
                 self._fail_shard(shard, str(_cause(error)))
             else:
                 self._publish(shard, outcomes, attempt + 1)
             return
+        self._published(shard, published)
+
+    def _published_all_the_same(
+        self, shard: Shard, outcomes: list[VideoOutcome]
+    ) -> ShardReport | None:
+        """A death can swallow the reply of a task that had written its commit."""
+        fingerprint = shard.fingerprint(self._card.fingerprint)
+        earlier = self._ledger.work_of(shard).commit
+        if earlier is not None and earlier.fingerprint == fingerprint:
+            return None
+        key = commit_key(shard.shard_id)
+        try:
+            commit = CommitRecord.from_json(self._ledger.store.read_bytes(key), key)
+        except (FileNotFoundError, StorageError, SchemaError):
+            return None
+        return report_of(shard, outcomes, commit) if commit.fingerprint == fingerprint else None
+
+    def _published(self, shard: Shard, published: ShardReport) -> None:
+        self._failed_in_a_row = 0
         self._metrics.count("shards", label=PUBLISHED)
         self._metrics.count("published_bytes", published.num_bytes)
         self._metrics.count("track_rows", published.num_track_rows)
@@ -630,6 +682,12 @@ class _Scheduler:
 
     def _fail_shard(self, shard: Shard, reason: str) -> None:
         self._metrics.count("shards", label=FAILED)
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= MAX_FAILED_SHARDS_IN_A_ROW:
+            raise FourdhError(
+                f"stopped: {self._failed_in_a_row} shards in a row could not be published; the "
+                f"last one: {reason}"
+            )
         with about(shard=shard.shard_id):
             self._ledger.fail(shard, reason)
         self._queue = deque(p for p in self._queue if p.shard.shard_id != shard.shard_id)
@@ -645,8 +703,7 @@ class _Scheduler:
                 if entry is not None and entry.idle_s > limit:
                     errors[running.unit.key] = DecodeStalledError(
                         f"no progress for {entry.idle_s:.0f} s",
-                        video=running.unit.videos[entry.opened].video_id,
-                        stage="reconstruct",
+                        stage="reconstruct",  # any that it had begun with
                     )
             if errors:
                 self._end_lane(lane, errors)

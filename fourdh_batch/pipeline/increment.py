@@ -20,7 +20,7 @@ from typing import Literal
 
 from fourdh_batch.config import JobConfig
 from fourdh_batch.errors import ManifestError
-from fourdh_batch.pipeline.corpus import Video, raise_twice
+from fourdh_batch.pipeline.corpus import UNREADABLE, Video, raise_twice
 from fourdh_batch.pipeline.plan import (
     TAKEN_OUT,
     Shard,
@@ -342,7 +342,11 @@ class Increment:
 
         if record is None:
             return change("new", "", video.fingerprint)
-        if record.content_fingerprint != video.fingerprint:
+        lost = video.fingerprint.startswith(UNREADABLE)
+        if lost and not record.content_fingerprint.startswith(UNREADABLE):
+            # It may be back tomorrow, and its rows are good.
+            logger.warning("video %s cannot be read now; its rows stay", video.video_id)
+        elif record.content_fingerprint != video.fingerprint:
             return change("changed", record.content_fingerprint, video.fingerprint)
         if model_before != self._model:
             return change("models", model_before, self._model)

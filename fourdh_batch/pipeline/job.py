@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from fourdh_batch import __version__
 from fourdh_batch.config import JobConfig, to_dict
-from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
+from fourdh_batch.errors import ConfigError, FourdhError, ManifestError, StorageError
 from fourdh_batch.logs import about
 from fourdh_batch.pipeline.increment import Increment, ShardWork
 from fourdh_batch.pipeline.plan import Shard, Video
@@ -34,7 +34,7 @@ from fourdh_batch.pipeline.shard import (
     VideoOutcome,
 )
 from fourdh_batch.storage import Store, redact_uri, safe_key
-from fourdh_batch.tables.manifest import CommitRecord, Lease, commit_key
+from fourdh_batch.tables.manifest import CommitRecord, Lease, commit_key, void_commit
 from fourdh_batch.tables.reader import RELEASE_KEY
 from fourdh_batch.tables.writer import WORK, discard_work, put_rows
 
@@ -85,7 +85,8 @@ class RunReport:
         videos_before: per status, the videos in those.
         videos_kept: videos in published shards whose rows were taken over from before.
         changes: per kind, what is new, changed or gone; see `increment.Change`.
-        failed_shards: shard and reason; nothing of these was published.
+        failed_shards: shard and reason; nothing of these was published. As <shard>/<video> also
+            videos that were left out, for their files could not be had.
         num_units: units that were started, each one task of a decoder.
         frames_run: frames that went through the models, also those that had to be done again.
         actor_s: seconds that model processes were there for, all together.
@@ -195,16 +196,42 @@ class Ledger:
                 extra={"shard": shard.shard_id, "video": outcome.video_id},
             )
         entry = self._open[shard.shard_id]
-        if outcome.video_id in entry.outcomes:
+        if outcome.video_id in entry.outcomes or outcome.video_id in entry.work.keep:
             return None
         entry.outcomes[outcome.video_id] = outcome
         videos = entry.work.shard.videos
         self._num_videos += 1
         self._num_frames += outcome.num_frames
         self._num_bytes += next(v.num_bytes for v in videos if v.video_id == outcome.video_id)
+        return self._complete(entry)
+
+    def _complete(self, entry: _OpenShard) -> list[VideoOutcome] | None:
+        videos = entry.work.shard.videos
         if len(entry.outcomes) + len(entry.work.keep) < len(videos):
             return None
         return [entry.outcomes[v.video_id] for v in videos if v.video_id in entry.outcomes]
+
+    def give_up(self, shard: Shard, video_id: str, reason: str) -> list[VideoOutcome] | None:
+        """Publish a shard without a video whose file cannot be had now: it is new to the next run.
+
+        Returns:
+            As `done`.
+        """
+        entry = self._open[shard.shard_id]
+        logger.error(
+            "shard %s, video %s: left out: %s",
+            *(shard.shard_id, video_id, reason),
+            extra={"shard": shard.shard_id, "video": video_id},
+        )
+        self.report.failed_shards[f"{shard.shard_id}/{video_id}"] = reason
+        whole = entry.work.shard
+        left = tuple(v for v in whole.videos if v.video_id != video_id)
+        entry.work = replace(entry.work, shard=replace(whole, videos=left))
+        self._num_videos += 1
+        if not left:
+            self._open.pop(shard.shard_id)
+            return None
+        return self._complete(entry)
 
     def redo_kept(self, shard: Shard) -> Shard:
         """The rows that were to be taken over are lost: their videos have to be done, too.
@@ -390,19 +417,24 @@ def _write_changes(store: Store, run_id: str, plan: Increment) -> None:
 
 def _discard_left_over(store: Store, plan: Increment) -> None:
     """Work of shards that are published: a driver was killed just after a commit."""
-    folders = {key.split("/")[1] for key, _ in store.list(WORK)}
-    if folders:
-        for shard_id in plan.up_to_date():
-            if safe_key(shard_id) in folders:
-                discard_work(store, shard_id)
+    try:
+        folders = {key.split("/")[1] for key, _ in store.list(WORK)}
+        if folders:
+            for shard_id in plan.up_to_date():
+                if safe_key(shard_id) in folders:
+                    discard_work(store, shard_id)
+    except StorageError as error:
+        logger.warning("left over work stays until the next run: %s", error)
 
 
 def _remove_shard(store: Store, commit: CommitRecord) -> None:
     """Take a shard none of whose videos is in the corpus any more out of the tables."""
     logger.info("shard %s: its %d videos are gone", commit.shard_id, len(commit.videos))
-    store.delete(commit_key(commit.shard_id))
+    void_commit(store, commit.shard_id)
     for record in commit.objects.values():
         store.delete(record.key)
+    discard_work(store, commit.shard_id)
+    store.delete(commit_key(commit.shard_id))  # last, so that a killed removal is gone on with
 
 
 @contextmanager
@@ -447,7 +479,10 @@ def _recorded(
         last = progress
         if time.monotonic() - written > RECORD_S:
             written = time.monotonic()
-            write("running", None)
+            try:
+                write("running", None)
+            except FourdhError as error:
+                logger.warning("run %s: not recorded: %s", report.run_id, error)
 
     write("running", None)
     try:

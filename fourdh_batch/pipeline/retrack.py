@@ -158,7 +158,8 @@ def _results(
             shard = work.shard
             done: Mapping[str, VideoOutcome] = {}
             if safe_key(shard.shard_id) in in_progress:  # what an interrupted run has finished
-                done = SavedWork(ledger.store, shard, card).outcomes
+                todo = tuple(v for v in shard.videos if v.video_id not in work.keep)
+                done = SavedWork(ledger.store, replace(shard, videos=todo), card).outcomes
                 finished.extend((shard, outcome) for outcome in done.values())
             if len(work.keep) == len(shard.videos):
                 _publish(config, card, ledger, shard, [])

@@ -238,7 +238,7 @@ class VideoTracking:
             "stage": error.stage,
             "error_class": type(error).__name__,
             "code": error.code,
-            "message": error.message,
+            "message": _printable(error.message),
             "frame_index": error.frame_index,
             "attempts": attempts,
         }
@@ -425,7 +425,7 @@ class UnitTracking:
         self._spool = WorkSpool(store, shard.shard_id)
         self._save_each = save_each
         self._outcomes: list[VideoOutcome] = []
-        self._unsaved_frames = 0
+        self._unsaved_frames = self._num_saved = 0
         self._tracking: VideoTracking | None = None
         if saved:
             self._tracking = self._continued(store, saved)
@@ -466,7 +466,7 @@ class UnitTracking:
         Returns:
             The outcomes of the finished videos.
         """
-        if self._outcomes:
+        if len(self._outcomes) > self._num_saved:  # else a saved state would be forgotten
             self._spool.save()
         return self._outcomes
 
@@ -521,6 +521,7 @@ class UnitTracking:
                 position=tracking.next_frame,
             )
         self._unsaved_frames = 0
+        self._num_saved = len(self._outcomes)
         logger.debug("shard %s: saved %d bytes", self._shard.shard_id, num_bytes)
 
 
@@ -643,6 +644,9 @@ def record_failure(
     attempts: int,
 ) -> VideoOutcome:
     """Give a video up: nothing but its row in `videos` and its row in `failures`."""
+    # No network is needed for that, and there may be no GPU here.
+    tracker = replace(config.tracker, texture_weights="", atlas="", predictor_weights="")
+    config = replace(config, tracker=tracker)
     spool = WorkSpool(store, shard.shard_id)
     spool.begin(video.video_id)
     tracking = VideoTracking(
@@ -718,6 +722,11 @@ def publish(
     finally:
         if published is not None:
             published.close()
+    return report_of(shard, outcomes, commit)
+
+
+def report_of(shard: Shard, outcomes: Sequence[VideoOutcome], commit: CommitRecord) -> ShardReport:
+    """What a shard that is committed gave."""
     statuses = [outcome.status for outcome in outcomes]
     return ShardReport(
         shard_id=shard.shard_id,
@@ -730,10 +739,15 @@ def publish(
     )
 
 
+def _printable(text: str) -> str:
+    """Text that UTF-8 can hold: names of files may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _of_the_corpus(video: Video) -> dict[str, Any]:
     """Columns of `videos` that come from the corpus alone, and may change without any work."""
     return {
-        "uri": redact_uri(video.uri),
+        "uri": _printable(redact_uri(video.uri)),
         "manifest": video.extra or None,
     }
 

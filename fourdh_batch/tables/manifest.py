@@ -16,12 +16,12 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from fourdh_batch.errors import FourdhError, OutputInUseError, SchemaError
+from fourdh_batch.errors import OutputInUseError, SchemaError
 from fourdh_batch.storage import Store, redact_uri, safe_key
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,20 @@ def write_commit(store: Store, record: CommitRecord) -> None:
     store.write_bytes(commit_key(record.shard_id), record.to_json())
 
 
+def void_commit(store: Store, shard_id: str) -> None:
+    """Before the objects of a finished shard change: no plan may take it for up to date any more.
+
+    Its objects stay readable through the record; with a kill from here on, all of its videos are
+    new to the next run. Nothing happens where there is no record.
+    """
+    key = commit_key(shard_id)
+    try:
+        record = CommitRecord.from_json(store.read_bytes(key), key)
+    except (FileNotFoundError, SchemaError):
+        return
+    store.write_bytes(key, replace(record, fingerprint="", videos=()).to_json())
+
+
 def read_commits(store: Store) -> dict[str, CommitRecord]:
     """All commit records below a root, by shard."""
     keys = [key for key, _ in store.list(COMMITS) if key.endswith(".json")]
@@ -181,6 +195,7 @@ class Lease:
         self._nonce = secrets.token_hex(8)
         self._since_s = 0.0
         self._lost: OutputInUseError | None = None
+        self._renewed = 0.0  # when `kept` last did it
         self._number = 0
 
     def acquire(self) -> None:
@@ -222,9 +237,12 @@ class Lease:
                 except OutputInUseError as error:
                     self._lost = error
                     return
-                except FourdhError as error:  # it may work next time; if not, `renew` will tell
+                except Exception as error:  # noqa: BLE001 - it may work next time
                     logger.warning("lease not renewed: %s", error)
+                    continue
+                self._renewed = time.monotonic()
 
+        self._renewed = time.monotonic()
         thread = threading.Thread(target=keep, name="lease", daemon=True)
         thread.start()
         try:
@@ -234,9 +252,13 @@ class Lease:
             thread.join()
 
     def check(self) -> None:
-        """Raises: OutputInUseError: `kept` found it lost."""
+        """Raises: OutputInUseError: `kept` found it lost, or could not renew it in time."""
         if self._lost is not None:
             raise self._lost
+        if time.monotonic() - self._renewed > self._duration_s:
+            raise OutputInUseError(
+                f"{self._place()}: the lease could not be renewed for {self._duration_s:g} s"
+            )
 
     def release(self) -> None:
         """Give it back; nothing happens where it was lost."""

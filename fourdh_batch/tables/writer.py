@@ -39,6 +39,7 @@ from fourdh_batch.tables.manifest import (
     ObjectRecord,
     VideoRecord,
     details_digest,
+    void_commit,
     write_commit,
 )
 from fourdh_batch.tables.schema import (
@@ -509,7 +510,7 @@ def saved_spools(store: Store, shard_id: str) -> list[SavedSpool]:
         name = key.rpartition("/")[2].removesuffix(_INDEX)
         try:
             spools.append(SavedSpool(store, shard_id, name))
-        except (FileNotFoundError, StorageError) as error:
+        except (FileNotFoundError, StorageError, KeyError, TypeError, ValueError) as error:
             logger.warning("shard %s: saved rows are not used: %s", shard_id, error)
     return spools
 
@@ -654,6 +655,7 @@ def publish_shard(
                 f"shard {shard_id}: expected one row of videos for each of {ids}, "
                 f"got {[row['video_id'] for row in described]}"
             )
+        void_commit(store, shard_id)
     record = CommitRecord(
         shard_id=shard_id,
         dataset=dataset,

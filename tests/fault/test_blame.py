@@ -64,7 +64,7 @@ def test_a_tracker_that_dies_under_a_model_process_is_seen_through_its_caller(
     ("raised", "verdict"),
     [
         (CheckpointError("x"), Blame.STOP),
-        (SchemaError("x"), Blame.STOP),
+        (SchemaError("x"), Blame.CODE),
         (StorageError("x"), Blame.STORAGE),
         (WorkerDiedError("x", video="v", frame_index=3, stage="decode"), Blame.SUSPECT),
         (DecodeStalledError("x", video="v"), Blame.SUSPECT),

@@ -137,6 +137,19 @@ def test_a_state_of_other_models_or_with_lost_rows_is_not_used(long: Parts, tmp_
     assert long.unit(store, name).next_frame == 0
 
 
+def test_closing_a_unit_keeps_the_saved_state_of_its_long_video(
+    long: Parts, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    unit = long.unit(store)
+    for result in long.results[:5]:
+        unit.add(result)
+    unit._save()
+    unit.add(long.results[5])
+    assert unit.close() == []  # its model process has died
+    assert long.unit(store, long.found(store)).next_frame == 5 * 16
+
+
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 30, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}"])
 def test_a_damaged_state_means_starting_anew(long: Parts, tmp_path: Path, damage: bytes) -> None:
     store = Store(str(tmp_path))

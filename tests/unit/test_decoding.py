@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
-from fourdh_batch.cluster.decoding import JournalKeeper, Opening, decode_unit
+from fourdh_batch.cluster.decoding import Decoded, JournalKeeper, Opening, decode_unit
+from fourdh_batch.cluster.model_actor import ModelWorker, SharedEngine
 from fourdh_batch.config import VideoConfig
-from fourdh_batch.errors import EmptyFileError, StorageError
+from fourdh_batch.errors import BadBoxesError, EmptyFileError, StorageError
 from fourdh_batch.pipeline.corpus import Video
+from fourdh_batch.pipeline.engine import Engine
+from fourdh_batch.pipeline.records import ChunkResult
 from fourdh_batch.types import DecodeSummary, FrameChunk
 from tests.media import write_video
 
@@ -109,3 +113,31 @@ def test_the_journal_counts_frames_once_whatever_becomes_of_a_unit() -> None:
     journal.forget("a")
     assert set(journal.snapshot()) == {"b"}
     assert journal.num_frames() == 42
+
+
+def test_an_error_of_the_models_costs_one_video_of_a_batch() -> None:
+    made: dict[int, str] = {}
+
+    class Models:
+        def run(self, chunks: list[FrameChunk]) -> list[ChunkResult]:
+            if any(chunk.video_id == "bad" for chunk in chunks):
+                raise BadBoxesError("no", video="bad")
+            results = [ChunkResult.__new__(ChunkResult) for _ in chunks]
+            made.update({id(r): c.video_id for r, c in zip(results, chunks, strict=True)})
+            return results
+
+    def chunk(name: str) -> FrameChunk:
+        frames = np.arange(4)
+        return FrameChunk(name, frames, frames, frames / 25, np.zeros((4, 8, 8, 3), np.uint8))
+
+    worker = ModelWorker.__new__(ModelWorker)
+    engine = SharedEngine(cast(Engine, Models()))
+    ended: dict[int, StorageError | None] = {}
+    events, frames = worker._reconstruct(engine, [(0, chunk("bad")), (1, chunk("good"))], ended)
+    assert isinstance(events[0], BadBoxesError)
+    assert made[id(events[1])] == "good"
+    assert (frames, set(ended)) == (8, {0})
+    items: list[tuple[int, Decoded]] = [(0, chunk("bad")), (1, chunk("good")), (2, chunk("fine"))]
+    later, frames = worker._reconstruct(engine, items, ended)
+    assert [made[id(event)] for event in later] == ["good", "fine"]
+    assert frames == 8

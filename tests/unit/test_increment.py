@@ -17,6 +17,7 @@ from fourdh_batch.tables.manifest import (
     CommitRecord,
     VideoRecord,
     commit_key,
+    void_commit,
     write_commit,
 )
 
@@ -278,3 +279,25 @@ def test_other_columns_of_the_manifest_redo_no_video_but_are_told(
         assert [(c.before, c.after) for c in todo.changes() if c.video_id == "d"] == [
             (before[3].details, "")
         ]
+
+
+def test_a_file_that_cannot_be_read_today_keeps_its_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    finish(tmp_path, corpus("ab"))
+    with increment(tmp_path, corpus("ab", a="unreadable-StorageError")) as todo:
+        assert (todo.num_changes, todo.todo_videos) == ({}, 0)
+    assert "video a cannot be read now; its rows stay" in caplog.text
+    finish(tmp_path, corpus("abc", c="unreadable-FileNotFoundError"))  # never read: a failure
+    with increment(tmp_path, corpus("abc")) as todo:
+        assert todo.num_changes == {"changed": 1}
+
+
+def test_videos_of_a_shard_that_was_being_replaced_are_new(tmp_path: Path) -> None:
+    finish(tmp_path, corpus("ab"))
+    store = Store(str(tmp_path))
+    [shard] = plan_shards(store, "d", corpus("ab"), videos_per_shard=2, mb_per_shard=9)
+    void_commit(store, shard.shard_id)
+    with increment(tmp_path, corpus("ab")) as todo:
+        assert todo.num_changes == {"new": 2}
+        assert [todo_of(work)[1] for work in todo.work()] == [""]

@@ -75,6 +75,33 @@ def test_a_failed_shard_takes_no_more_videos_and_ends_the_run_with_1(tmp_path: P
     assert ledger.report.exit_code == 1
 
 
+def test_a_video_whose_file_is_not_to_be_had_is_left_out(tmp_path: Path) -> None:
+    ledger = ledger_of(tmp_path, [], [])
+    assert ledger.done(FIRST, VideoOutcome("k", OK)) is None  # kept: its rows are there
+    assert ledger.done(FIRST, VideoOutcome("b", OK)) is None
+    complete = ledger.give_up(FIRST, "a", "404")
+    assert complete is not None
+    assert [outcome.video_id for outcome in complete] == ["b"]
+    assert [v.video_id for v in ledger.work_of(FIRST).shard.videos] == ["b", "k"]
+    assert ledger.give_up(SECOND, "c", "404") is None  # nothing of it is left
+    assert ledger.num_videos_left == 0
+    assert set(ledger.report.failed_shards) == {"s1/a", "s2/c"}
+    assert ledger.report.exit_code == 1
+
+
+def test_rows_that_are_lost_are_to_be_made_again(tmp_path: Path) -> None:
+    ledger = ledger_of(tmp_path, [], [])
+    for name in "ab":
+        ledger.done(FIRST, VideoOutcome(name, OK))
+    again = ledger.redo_kept(FIRST)
+    assert [v.video_id for v in again.videos] == ["k"]
+    assert ledger.num_videos_left == 2
+    complete = ledger.done(FIRST, VideoOutcome("k", OK))
+    assert complete is not None
+    assert [outcome.video_id for outcome in complete] == ["a", "b", "k"]
+    assert ledger.work_of(FIRST).commit is None
+
+
 def test_progress_is_shown_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Progress] = []
     ticks: list[Progress] = []

@@ -324,6 +324,31 @@ def test_rows_of_single_videos_are_taken_out_of_published_objects(tmp_path: Path
     assert store.read_bytes(before.objects["tracks"].key) == body
 
 
+def test_a_shard_that_is_cut_off_while_it_is_replaced_is_not_taken_for_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    before = publish(store, [finished_spool(store, "a", 10)])
+    put, num_puts = Store.put_file, 0
+
+    def cut(self: Store, path: Path, key: str) -> None:
+        nonlocal num_puts
+        num_puts += 1
+        if num_puts > 1:
+            raise StorageError("cut off")
+        put(self, path, key)
+
+    monkeypatch.setattr(Store, "put_file", cut)
+    with pytest.raises(StorageError, match="cut off"):
+        publish(store, [finished_spool(store, "a", 20)])
+    [record] = read_commits(store).values()
+    assert (record.fingerprint, record.videos) == ("", ())  # every video is new to the next run
+    assert record.objects == before.objects  # and readers still find the objects
+    monkeypatch.undo()
+    after = publish(store, [finished_spool(store, "a", 20)])
+    assert read_commits(store)["s1"] == after
+
+
 def test_rows_of_before_that_are_not_those_committed_are_refused(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     record = publish(store, [finished_spool(store, "a", 10)])
