@@ -79,8 +79,8 @@ def test_a_commit_record_of_version_1_knows_less_of_its_videos(tmp_path: Path) -
 
 def test_a_lease_is_renewed_beside_the_work_and_tells_when_it_is_lost(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    with Lease(store, duration_s=0.3) as lease, lease.kept():
-        time.sleep(0.7)
+    with Lease(store, duration_s=1.5) as lease, lease.kept():
+        time.sleep(2)
         with pytest.raises(OutputInUseError):
             Lease(store).acquire()
         lease.check()
@@ -129,14 +129,14 @@ def test_deleting_the_named_object_breaks_a_lease(tmp_path: Path) -> None:
 
 def test_a_lease_lapses_unless_renewed(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    held = Lease(store, duration_s=0.2)
+    held = Lease(store, duration_s=2.0)
     held.acquire()
-    time.sleep(0.15)
+    time.sleep(1.2)
     held.renew()
-    time.sleep(0.1)
+    time.sleep(1.0)
     with pytest.raises(OutputInUseError, match="in use by"):
         Lease(store).acquire()
-    time.sleep(0.15)
+    time.sleep(1.2)
     with Lease(store), pytest.raises(OutputInUseError, match=r"lost its lease to .*process"):
         held.renew()
 
