@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-s3 lint format bench bench-published clean
+.PHONY: help setup demo test test-slow test-s3 soak lint format bench bench-published clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -30,6 +30,11 @@ test-slow: $(STAMP) ## Also the slow tests: full ViT-H goldens, long videos
 
 test-s3: $(STAMP) ## The tests that speak S3, against Ceph's gateway (Debian packages; see docs/STORAGE.md)
 	PYTHON=$(BIN)/python infra/test_s3.sh
+
+SOAK_MINUTES ?= 20
+
+soak: $(STAMP) ## Random faults against real jobs for SOAK_MINUTES=20, verified after every round
+	$(BIN)/python -W ignore -m tests.soak $(SOAK_MINUTES)
 
 lint: $(STAMP) ## Ruff and strict mypy
 	$(BIN)/ruff check .

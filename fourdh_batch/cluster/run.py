@@ -5,7 +5,8 @@ ones of a shard) is idempotent, so it may run again anywhere. Who is to blame fo
 
 - infrastructure (a node is gone, an actor is unreachable, the unit had not begun): again, free;
 - a video was being worked on when its model actor, tracker or decoder died, or it stopped moving:
-  it is a suspect and runs again *alone*; if it dies alone it is quarantined with the evidence;
+  it is a suspect and runs again *alone*; if it dies alone without having got further, it is
+  quarantined with the evidence;
 - an unexpected error of our own code: again once, then quarantine;
 - storage: again, then the shard fails and the job goes on;
 - wrong settings or weights: the job stops.
@@ -201,6 +202,7 @@ class _Scheduler:
         self._queue: deque[_Pending] = deque()
         self._publishing: dict[Any, tuple[Shard, list[VideoOutcome], int]] = {}
         self._attempts: Counter[tuple[str, str]] = Counter()
+        self._reached: dict[tuple[str, str], int] = {}  # frame of the state saved at the last death
         self._storage_attempts: Counter[tuple[str, str]] = Counter()
         self._failed_in_a_row = 0
         self._start_again_at = -math.inf
@@ -573,7 +575,11 @@ class _Scheduler:
         shard_id = pending.shard.shard_id
         attempts = self._storage_attempts if verdict is Blame.STORAGE else self._attempts
         for video in culprits:
-            attempts[shard_id, video.video_id] += 1
+            name = shard_id, video.video_id
+            reached = saved.reached.get(video.video_id, 0) if saved else 0
+            if reached > self._reached.get(name, 0):  # what it died of last is behind it
+                self._reached[name], attempts[name] = reached, 0
+            attempts[name] += 1
         if verdict is Blame.CODE:
             self._unexpected.add((shard_id, culprits[0].video_id))
             if len(self._unexpected) >= MAX_UNEXPECTED_ERRORS_IN_A_ROW:

@@ -542,12 +542,13 @@ class SavedWork:
     Attributes:
         outcomes: by video id, of the videos that are finished.
         unfinished: by video id, the spool from which a video can go on.
+        reached: by video id, the frame at which it would.
     """
 
     def __init__(self, store: Store, shard: Shard, card: ModelCard) -> None:
         self.outcomes: dict[str, VideoOutcome] = {}
         self.unfinished: dict[str, str] = {}
-        furthest: dict[str, int] = {}
+        self.reached: dict[str, int] = {}
         for spool in saved_spools(store, shard.shard_id):
             for video in shard.videos:
                 metadata = spool.finished.get(video.video_id)
@@ -557,8 +558,8 @@ class SavedWork:
                         self.outcomes[video.video_id] = outcome
                 if _can_continue(spool, video, card) and spool.unfinished is not None:
                     position = int(spool.unfinished["position"])
-                    if position > furthest.get(video.video_id, 0):
-                        furthest[video.video_id] = position
+                    if position > self.reached.get(video.video_id, 0):
+                        self.reached[video.video_id] = position
                         self.unfinished[video.video_id] = spool.name
 
 

@@ -107,7 +107,9 @@ def test_many_deaths_in_one_job_leave_no_trace(
         {"at": "decode", "do": "segv", "video": "e.mp4"},
         {"at": "models", "do": "raise", "video": "g.mp4"},
         {"at": "track", "do": "kill", "video": "h.mp4"},
-        {"at": "models", "do": "exit", "video": "long.mp4", "frame": 100},
+        # Twice the same video, but it has got further in between.
+        {"at": "track", "do": "kill", "video": "long.mp4", "frame": 60},
+        {"at": "models", "do": "exit", "video": "long.mp4", "frame": 130},
         {"at": "publish", "do": "kill"},
         {"at": "commit", "do": "kill"},
     ]

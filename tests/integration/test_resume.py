@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -24,7 +25,13 @@ from fourdh_batch.pipeline.shard import SavedWork, UnitTracking
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.writer import SavedSpool
 from fourdh_batch.types import DecodeSummary
-from tests.media import BoxCorpus
+from tests.fault_tools import (
+    Faults,
+    assert_same_tables,
+    tables_of,
+    undisturbed_tables,
+)
+from tests.media import BoxCorpus, write_video
 
 PREDICTOR, TEXTURE = "tracker.predictor_weights=untrained", "tracker.texture_weights=untrained"
 
@@ -201,3 +208,56 @@ def test_a_killed_tracking_process_redoes_only_what_is_behind_its_saved_state(
             fb.read_table(str(tmp_path / "undisturbed"), name),
             check_exact=True,
         )
+
+
+LONG_FRAMES = 20_000
+KILLS = (4_000, 9_000, 14_000)  # frames at which tracker, models and driver die
+
+
+def long_corpus(folder: Path) -> BoxCorpus:
+    """One block walks for 20,000 frames; it is seen in 8 of 50, tracked over the gaps."""
+    corpus = BoxCorpus(folder)
+    frames = np.full((LONG_FRAMES, 64, 64, 3), 90, np.uint8)
+    for t in range(LONG_FRAMES):
+        x = abs((t // 4) % 80 - 40)
+        frames[t, 8:60, x : x + 20] = (200, 180, 60)
+        if t % 50 < 8:
+            box = [float(x), 8.0, float(x + 20), 60.0]
+            row = {"video_id": "long.mp4", "frame_index": t, "bbox_xyxy_px": box, "score": 0.9}
+            corpus.rows.append(row)
+    write_video(folder / "long.mp4", frames, gop=250)
+    corpus.save()
+    return corpus
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_thousand_frames_with_tracker_models_and_driver_killed(tmp_path: Path) -> None:
+    corpus = long_corpus(tmp_path / "in")
+    more = ["detector.min_width_px=5", "detector.min_height_px=20", "video.chunk_frames=64"]
+    expected = undisturbed_tables([*corpus.settings(tmp_path / "undisturbed"), *more])
+    assert (expected["tracks"].state == "predicted").sum() > 10_000
+
+    words = [*corpus.settings(tmp_path / "out"), *more]
+    faults = Faults(tmp_path / "faults")
+    faults.rules = [
+        {"at": at, "do": do, "frame": frame, "times": 1}
+        for at, do, frame in zip(
+            ("track", "models", "models"), ("kill", "kill", "ask"), KILLS, strict=True
+        )
+    ]
+    try:
+        driver = faults.start(words)
+        faults.wait_for(2, driver)
+        driver.kill()
+        driver = faults.start(words)
+        assert driver.wait() == 0, driver.said
+    finally:
+        faults.stop()
+    assert [faults.times_met(number) for number in range(3)] == [1, 1, 1]
+    assert_same_tables(tables_of(tmp_path / "out"), expected)
+    cluster = load_config(None, words).cluster
+    window = cluster.checkpoint_frames + (cluster.chunks_ahead + 2) * 64
+    print(f"{faults.num_redone()} frames redone after three deaths")
+    assert faults.num_redone() <= 3 * window
+    assert faults.num_frames() == LONG_FRAMES + faults.num_redone()
