@@ -254,8 +254,10 @@ def main(minutes: float, seed: int) -> None:
             proxy = stack.enter_context(S3Proxy(s3_endpoint(), seed=seed))
             os.environ.update({**ENVIRONMENT, "AWS_ENDPOINT_URL": proxy.url})
             s3fs.S3FileSystem(skip_instance_cache=True).mkdir(f"soak-{os.getpid()}")
-        soak.run(minutes, proxy)
-        soak.figures.show()
+        try:
+            soak.run(minutes, proxy)
+        finally:  # also of a soak that found something, or was ended
+            soak.figures.show()
 
 
 if __name__ == "__main__":
