@@ -201,7 +201,8 @@ class ClusterConfig:
         unit_mb: a unit of several videos holds at most so many MiB of files.
         chunks_ahead: chunks decoded ahead per unit.
         progress_timeout_s: a unit without a finished chunk for so long is given up.
-        attempts: a video is quarantined after so many deaths or unknown errors.
+        attempts: a video is quarantined after so many deaths or unknown errors without having
+            got further.
     """
 
     address: str = "auto"

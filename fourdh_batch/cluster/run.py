@@ -577,7 +577,8 @@ class _Scheduler:
         for video in culprits:
             name = shard_id, video.video_id
             reached = saved.reached.get(video.video_id, 0) if saved else 0
-            if reached > self._reached.get(name, 0):  # what it died of last is behind it
+            moved = reached > self._reached.get(name, 0) and verdict is not Blame.STORAGE
+            if moved:  # what it died of last is behind it
                 self._reached[name], attempts[name] = reached, 0
             attempts[name] += 1
         if verdict is Blame.CODE:
