@@ -681,13 +681,18 @@ class _RemoteFile(io.RawIOBase):
         if number in self._spooled:
             assert self._spool is not None
             place = number * READ_BLOCK_BYTES + start
-            piece = os.pread(self._spool.fileno(), count, place)
-            if len(piece) == count:
-                return piece
-            raise StorageError(f"read {self.name}: the disk of {tempfile.gettempdir()} fails")
+            try:
+                piece = os.pread(self._spool.fileno(), count, place)
+            except OSError as error:
+                raise StorageError(f"read the copy of {self.name} on disk: {error}") from error
+            assert len(piece) == count
+            return piece
         data = self._recent.pop(number, None)
         if data is None:
-            found = self._fetch(number)
+            try:
+                found = self._fetch(number)
+            except FileNotFoundError:
+                raise StorageError(f"read {self.name}: it has gone since it was opened") from None
             if (found.num_bytes, found.checksum) != (self._num_bytes, self._checksum):
                 raise StorageError(f"read {self.name}: it was overwritten since it was opened")
             data = found.data

@@ -121,6 +121,7 @@ def test_many_deaths_in_one_job_leave_no_trace(
     assert_bounded(bench, run, words, deaths=len(faults) - 2)
 
 
+@pytest.mark.slow
 def test_videos_that_kill_or_hang_their_process_every_time_are_given_up_with_the_evidence(
     bench: Bench, clips: BoxCorpus, undisturbed: Tables, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def faults(tmp_path: Path) -> Iterator[Faults]:
     faults.stop()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_continued_and_a_second_one_refused(
     clips: BoxCorpus, undisturbed: Tables, faults: Faults, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ def undisturbed(clips: BoxCorpus, tmp_path_factory: pytest.TempPathFactory) -> T
     return undisturbed_tables([*clips.settings(root), *COMMON])
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_with_everything_on_it_is_replaced_by_the_others(
     clips: BoxCorpus, undisturbed: Tables, tmp_path: Path
 ) -> None:

@@ -303,6 +303,11 @@ def test_an_overwritten_file_is_never_mixed(store: Store, proxy: S3Proxy) -> Non
         store.write_bytes("v", b"\1" * 5 * BLOCK)
         with pytest.raises(StorageError, match="overwritten since it was opened"):
             file.read()
+    store.write_bytes("v", bytes(5 * BLOCK))
+    with open_read(store.uri("v")) as file:
+        store.delete("v")
+        with pytest.raises(StorageError, match="has gone since it was opened"):
+            file.read()
 
 
 @pytest.fixture(scope="module")
