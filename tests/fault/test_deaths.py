@@ -96,6 +96,7 @@ def test_one_death_costs_nothing_but_the_chunks_under_way(
     assert_bounded(bench, run, words)
 
 
+@pytest.mark.slow
 def test_many_deaths_in_one_job_leave_no_trace(
     bench: Bench, clips: BoxCorpus, undisturbed: Tables, tmp_path: Path
 ) -> None:

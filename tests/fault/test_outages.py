@@ -68,6 +68,7 @@ def bucket(proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     proxy.reset()
 
 
+@pytest.mark.slow
 def test_throttles_resets_and_lost_replies_are_ridden_out_and_an_outage_costs_its_shard(
     clips: BoxCorpus, undisturbed: Tables, proxy: S3Proxy, bucket: str, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from typer.testing import CliRunner
 
 import fourdh_batch as fb
@@ -20,6 +21,7 @@ from tests.media import BoxCorpus
 runner = CliRunner()
 
 
+@pytest.mark.slow
 def test_a_job_is_followed_proved_and_frozen(tmp_path: Path, local_ray: None) -> None:
     corpus = BoxCorpus(tmp_path / "corpus")
     for number, name in enumerate(("a.mp4", "b.mp4", "c.mp4")):
