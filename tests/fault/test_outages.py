@@ -139,6 +139,7 @@ cp -a "$OUT" "$COPY"
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_its_shards_clearly_and_publishes_nothing_half(
     clips: BoxCorpus, undisturbed: Tables, tmp_path: Path
 ) -> None:
