@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
-from fourdh_batch.storage import redact_uri
+from fourdh_batch.storage import redact
 
 TEXT, JSON = FORMATS = "text", "json"
 FIELDS = ("run", "shard", "video", "unit")
 PACKAGE = "fourdh_batch"
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _about: ContextVar[Mapping[str, str]] = ContextVar("fourdh_log")
 
 
@@ -74,11 +72,6 @@ def set_up_worker(style: str) -> None:
     As text it is also what the driver shows, from `WARNING` on: the driver has its own lines.
     """
     set_up(style, level=logging.INFO if style == JSON else logging.WARNING)
-
-
-def redact(text: str) -> str:
-    """A text, the addresses in it without user, password and signed query."""
-    return _ADDRESS.sub(lambda found: redact_uri(found[0]), text)
 
 
 def _say_about(record: logging.LogRecord) -> bool:

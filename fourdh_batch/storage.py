@@ -123,8 +123,8 @@ _SIGNED = re.compile(r"(?i)(signature|credential|token|secret|password|\bsig|key
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 
-def _redact(text: str) -> str:
-    """A message of a client library, the addresses in it redacted."""
+def redact(text: str) -> str:
+    """A text, the addresses in it without user, password and signed query."""
     return _ADDRESS.sub(lambda found: redact_uri(found[0]), text)
 
 
@@ -204,7 +204,7 @@ def _harmless(error: BaseException) -> BaseException | None:
     """The error as a cause to show, None where it or what led to it names a secret."""
     link: BaseException | None = error
     while link is not None:
-        if _redact(str(link)) != str(link):
+        if redact(str(link)) != str(link):
             return None
         link = link.__cause__ or link.__context__
     return error
@@ -236,7 +236,7 @@ class _Retry:
             except Exception as error:
                 if not isinstance(error, OSError) and not _is_from_client(error):
                     raise
-                reason = f"{type(error).__name__}: {_redact(str(error))}"
+                reason = f"{type(error).__name__}: {redact(str(error))}"
                 if not _is_transient(error):
                     raise StorageError(f"{what}: {reason}") from _harmless(error)
                 if attempt == self.attempts:

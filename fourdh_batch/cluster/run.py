@@ -74,7 +74,7 @@ from fourdh_batch.pipeline.shard import (
 )
 from fourdh_batch.storage import Store, safe_key
 from fourdh_batch.tables.manifest import CommitRecord, commit_key
-from fourdh_batch.tables.writer import WORK
+from fourdh_batch.tables.writer import WORK, discard_work
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,9 @@ class _Scheduler:
         # What it says is lost with its node, so it stays where this process is.
         here = ray.get_runtime_context().get_node_id()
         self._journal = Journal.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            max_restarts=-1,  # what runs is reported again at its next chunk
+            max_task_retries=-1,
         ).remote()
         self._run_id = ledger.report.run_id
         self._metrics = _begin_metrics(config.dataset)
@@ -253,6 +255,9 @@ class _Scheduler:
                 self._has_more = False
                 return
             shard = work.shard
+            if work.problem:
+                self._fail_shard(shard, work.problem)
+                continue
             todo = replace(
                 shard, videos=tuple(v for v in shard.videos if v.video_id not in work.keep)
             )
@@ -593,6 +598,8 @@ class _Scheduler:
                 self._fail_shard(pending.shard, str(cause))
                 return
             culprits = []  # nobody's fault: again as they are
+        if verdict is Blame.SUSPECT and opened is None:
+            saved = None  # what it was to go on from may be what kills its tracker
         # Alone, or alone in its unit, it is known whose fault it was.
         known = pending.alone or (verdict is Blame.CODE and len(pending.shard.videos) == 1)
         again = []
@@ -656,6 +663,8 @@ class _Scheduler:
                 logger.warning("%s; its other videos are done again", _cause(error))
                 self._enqueue(self._ledger.redo_kept(shard))
             elif found := self._published_all_the_same(shard, outcomes):
+                with suppress(StorageError):  # else the next run does
+                    discard_work(self._ledger.store, shard.shard_id)
                 self._published(shard, found)
             elif attempt >= STORAGE_ATTEMPTS:
                 self._fail_shard(shard, str(_cause(error)))
@@ -741,11 +750,14 @@ class _Scheduler:
         cluster = self._config.cluster
         logger.warning(
             "nothing has run for %.0f s. A model process needs %g CPUs (and %g GPUs where there "
-            "are any), each of its decoders %g CPUs; the cluster has %s, of which free %s",
+            "are any), each of its decoders %g CPUs, each of its %d trackers %g GPUs; the cluster "
+            "has %s, of which free %s",
             STARVING_S,
             cluster.cpus_per_actor,
             cluster.gpus_per_actor,
             cluster.cpus_per_decoder,
+            cluster.trackers_per_actor,
+            self._tracker_share(),
             {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")},
             {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")},
         )

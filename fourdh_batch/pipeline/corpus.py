@@ -107,11 +107,11 @@ def stream_corpus(config: JobConfig, *, cache: ProbeCache | None = None) -> Iter
     A folder, prefix or glob is searched at all depths for files with a video's extension; ids are
     paths relative to it. A manifest is a csv, jsonl or Parquet file with the columns `video_id`
     and `uri` and, where it likes, `start_s` and `end_s` (the window), `num_bytes` and
-    `fingerprint` (any text that changes with the content; the file is then not asked), and
-    others, which go to `Video.extra`. A `.txt` file is a list of file names, one a line, which
-    are the ids without their endings (as AVA has them); `plan.list_root`, `plan.list_start_s` and
-    `plan.list_end_s` say more of them. Relative addresses count from the folder of the manifest
-    or list.
+    `fingerprint` (any text that changes with the content; the file is then not asked, and
+    `num_bytes` is needed), and others, which go to `Video.extra`. A `.txt` file is a list of file
+    names, one a line, which are the ids without their endings (as AVA has them);
+    `plan.list_root`, `plan.list_start_s` and `plan.list_end_s` say more of them. Relative
+    addresses count from the folder of the manifest or list.
 
     Args:
         config: `input` and `plan` are used.
@@ -380,11 +380,13 @@ def _video_of(row: Any, folder: str) -> Video:
     if end_s is not None and end_s <= (start_s or 0.0):
         raise _RowError(f"{video_id}: expected end_s after start_s, got {start_s} and {end_s}")
     num_bytes = _number(row, "num_bytes")
-    if num_bytes is not None and (num_bytes < 0 or num_bytes != int(num_bytes)):
-        raise _RowError(f"{video_id}: expected num_bytes of 0 or more, got {num_bytes}")
+    if num_bytes is not None and not (0 <= num_bytes < 2**63 and num_bytes == int(num_bytes)):
+        raise _RowError(f"{video_id}: expected num_bytes of 0 or more, got {num_bytes:g}")
     fingerprint = row.get("fingerprint")
     if fingerprint is not None and (not isinstance(fingerprint, str) or len(fingerprint) > 256):
         raise _RowError(f"{video_id}: expected a short text, fingerprint, got {fingerprint!r:.99}")
+    if fingerprint and num_bytes is None:  # the file is not asked, and shards are cut by size
+        raise _RowError(f"{video_id}: expected num_bytes beside fingerprint, got none")
     return Video(
         video_id, uri, int(num_bytes or 0), fingerprint or "", start_s, end_s, _extra(row, video_id)
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from fourdh_batch.config import JobConfig
-from fourdh_batch.errors import ManifestError
+from fourdh_batch.errors import ManifestError, StorageError
 from fourdh_batch.pipeline.corpus import UNREADABLE, Video, raise_twice
 from fourdh_batch.pipeline.plan import (
     TAKEN_OUT,
@@ -66,11 +66,13 @@ class ShardWork:
             content nor the models have changed, and the commit knows how many rows they have.
             Their row in `videos` may have other extra columns than today.
         commit: what is published of the shard, None where nothing is.
+        problem: why the shard cannot be worked on now, "" where it can.
     """
 
     shard: Shard
     keep: frozenset[str] = frozenset()
     commit: CommitRecord | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,11 @@ class Increment:
                 yield ShardWork(shard)
                 continue
             key = commit_key(shard_id)
-            commit = CommitRecord.from_json(self._store.read_bytes(key), key)
+            try:
+                commit = CommitRecord.from_json(self._store.read_bytes(key), key)
+            except StorageError as error:
+                yield ShardWork(shard, problem=str(error))
+                continue
             yield ShardWork(shard, frozenset(self._compare(shard, commit).keep), commit)
 
     def up_to_date(self) -> Iterator[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from fourdh_batch.config import VideoConfig
 from fourdh_batch.errors import StorageError
 from fourdh_batch.pipeline.corpus import UNREADABLE, Video
-from fourdh_batch.storage import is_local, local_path, open_read, redact_uri
+from fourdh_batch.storage import STALL_TIMEOUT_S, is_local, local_path, open_read, redact_uri
 from fourdh_batch.types import DecodeSummary, FrameChunk
 from fourdh_batch.video.decode import VideoReader
 from fourdh_batch.video.isolate import decode_chunks, decode_isolated, run_isolated
@@ -27,6 +28,8 @@ def read_chunks(
 
     Raises:
         VideoError: nothing (more) can be read.
+        StorageError: the file has gone, or its store is so slow that whoever waits for a chunk
+            would soon blame the video (`video.stall_timeout_s`).
     """
     options = _reader_options(video, config)
     _check_still_there(video)
@@ -35,9 +38,36 @@ def read_chunks(
             yield from reader.chunks(**_chunk_options(video, config, start))
             yield reader.summary
         return
-    with _open_remote(video.uri, video.video_id) as file, VideoReader(file, **options) as reader:
-        yield from reader.chunks(**_chunk_options(video, config, start))
+    patience = _Patience(video, config.stall_timeout_s)
+    with (
+        _open_remote(video.uri, video.video_id, patience.check) as file,
+        VideoReader(file, **options) as reader,
+    ):
+        for chunk in reader.chunks(**_chunk_options(video, config, start)):
+            yield chunk
+            patience.begin()
         yield reader.summary
+
+
+class _Patience:
+    """With a store: ends just before the one with the decoder does, which blames the video."""
+
+    def __init__(self, video: Video, stall_timeout_s: float) -> None:
+        self._video = video
+        self._limit_s = max(stall_timeout_s / 2, stall_timeout_s - STALL_TIMEOUT_S)
+        self.begin()
+
+    def begin(self) -> None:
+        """Somebody waits for a chunk from now on."""
+        self._since = time.monotonic()
+
+    def check(self) -> None:
+        """Raises: StorageError."""
+        if time.monotonic() - self._since > self._limit_s:
+            raise StorageError(
+                f"video {self._video.video_id}: {redact_uri(self._video.uri)}: the store is too "
+                f"slow, no chunk of frames within {self._limit_s:g} s"
+            )
 
 
 def read_chunks_isolated(
@@ -72,7 +102,7 @@ def remote_chunks(
     allocate: Any, on_packet: Callable[[], None], *, uri: str, video_id: str, **options: Any
 ) -> Iterator[FrameChunk | DecodeSummary]:
     """What the child of `read_chunks_isolated` runs for a remote video."""
-    with _open_remote(uri, video_id) as file:
+    with _open_remote(uri, video_id, on_packet) as file:
         yield from decode_chunks(allocate, on_packet, source=file, video_id=video_id, **options)
 
 
@@ -83,9 +113,9 @@ def _check_still_there(video: Video) -> None:
         raise StorageError(f"video {video.video_id}: {video.uri} has gone since it was planned")
 
 
-def _open_remote(uri: str, video_id: str) -> Any:
+def _open_remote(uri: str, video_id: str, on_progress: Callable[[], None]) -> Any:
     try:
-        return open_read(uri)
+        return open_read(uri, on_progress=on_progress)
     except FileNotFoundError as error:
         raise StorageError(
             f"video {video_id}: {redact_uri(uri)} has gone since it was planned"

@@ -219,6 +219,7 @@ class Reconstructor:
                 "video %s, frames %s: results that are not finite",
                 chunk.video_id,
                 np.unique(frames).tolist(),
+                extra={"video": chunk.video_id},
             )
 
 

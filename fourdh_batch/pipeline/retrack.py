@@ -156,6 +156,9 @@ def _results(
     def units() -> Iterator[tuple[Shard, Video]]:
         while work := ledger.next_shard():
             shard = work.shard
+            if work.problem:
+                ledger.fail(shard, work.problem)
+                continue
             done: Mapping[str, VideoOutcome] = {}
             if safe_key(shard.shard_id) in in_progress:  # what an interrupted run has finished
                 todo = tuple(v for v in shard.videos if v.video_id not in work.keep)

@@ -168,8 +168,11 @@ def assert_given_up(
     given_up = len(evidence)
     assert (run.exit_code, run.failed_shards) == (3, {}), run.story
     assert run.statuses == {"ok": 12 - given_up, "quarantined": given_up}
-    # Twice, or once where another's death had made it a suspect already.
-    assert {bench.times_met(number) for number in range(len(faults))} <= {1, 2}
+    for number, fault in enumerate(faults):
+        # Twice, or once where another's death had made it a suspect already; and after an error
+        # the models are given each chunk of a batch by itself.
+        calls = 2 if (fault["at"], fault["do"]) == ("models", "raise") else 1
+        assert 1 <= bench.times_met(number) <= 2 * calls
     tables = tables_of(out)
     videos = tables["videos"].set_index("video_id")
     failures = tables["failures"].set_index("video_id")

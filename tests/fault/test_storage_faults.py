@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 
 from fourdh_batch import storage
+from fourdh_batch.config import VideoConfig
 from fourdh_batch.errors import StorageError
-from fourdh_batch.pipeline.reading import remote_chunks
+from fourdh_batch.pipeline.corpus import Video
+from fourdh_batch.pipeline.reading import read_chunks, read_chunks_isolated, remote_chunks
 from fourdh_batch.storage import Store, fingerprint_file, list_objects, open_read, redact_uri
 from fourdh_batch.types import FrameChunk
 from fourdh_batch.video.decode import VideoReader
@@ -348,6 +350,19 @@ def test_a_store_that_fails_under_a_decoder_is_no_damage_of_the_video(
             pytest.raises(StorageError, match="failed 4 times"),
         ):
             frames(file)
+
+
+def test_a_store_that_is_too_slow_is_not_blamed_on_the_video(
+    store: Store, proxy: S3Proxy, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put_file(clip, "clip.mp4")
+    proxy.bytes_per_s = clip.stat().st_size / 4
+    video = Video("v", store.uri("clip.mp4"), clip.stat().st_size, "f")
+    with pytest.raises(StorageError, match="the store is too slow, no chunk of frames within 1 s"):
+        list(read_chunks(video, VideoConfig(stall_timeout_s=2)))
+    # whoever waits for a child sees that something comes
+    *chunks, _ = read_chunks_isolated(video, VideoConfig(stall_timeout_s=2))
+    assert sum(chunk.num_frames for chunk in chunks if isinstance(chunk, FrameChunk)) == 40
 
 
 def test_a_store_that_refuses_is_told_by_an_isolated_decoder(

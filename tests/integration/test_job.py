@@ -239,8 +239,9 @@ def test_a_killed_driver_is_continued_not_repeated(
     assert_same(tables_of(root), tables_of(tmp_path / "out"))
 
 
-def test_a_killed_model_process_costs_nothing_but_time(
-    first: tuple[Path, list[str]], corpus: BoxCorpus, tmp_path: Path
+@pytest.mark.parametrize("name", ["ModelWorker", "JournalKeeper"])
+def test_a_killed_process_costs_nothing_but_time(
+    first: tuple[Path, list[str]], corpus: BoxCorpus, tmp_path: Path, name: str
 ) -> None:
     root, _ = first
     killed: list[int] = []
@@ -248,7 +249,7 @@ def test_a_killed_model_process_costs_nothing_but_time(
     def kill_once(progress: object) -> None:
         if not killed and getattr(progress, "frames_done", 0) > 0:
             for process in psutil.Process().children(recursive=True):
-                if process.name().startswith("ray::ModelWorker"):
+                if process.name().startswith(f"ray::{name}"):
                     killed.append(process.pid)
                     process.kill()
 

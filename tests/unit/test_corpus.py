@@ -159,7 +159,7 @@ def test_a_manifest_may_tell_windows_sizes_fingerprints_and_more(tmp_path: Path,
 
 
 def test_a_window_is_part_of_the_fingerprint_and_columns_are_not(tmp_path: Path) -> None:
-    base = {"uri": "x", "fingerprint": "f"}
+    base = {"uri": "x", "fingerprint": "f", "num_bytes": 1}
     rows = [
         {"video_id": "whole", **base},
         {"video_id": "part", **base, "start_s": 1, "end_s": 2},
@@ -177,7 +177,7 @@ def test_a_window_is_part_of_the_fingerprint_and_columns_are_not(tmp_path: Path)
 
 
 def test_dates_become_text_and_what_cannot_be_carried_is_named(tmp_path: Path) -> None:
-    rows = {"video_id": ["a"], "uri": ["x"], "fingerprint": ["f"]}
+    rows = {"video_id": ["a"], "uri": ["x"], "fingerprint": ["f"], "num_bytes": [1]}
     pd.DataFrame({**rows, "day": [date(2026, 1, 2)]}).to_parquet(tmp_path / "m.parquet")
     assert videos_of(tmp_path / "m.parquet")["a"].extra == '{"day":"2026-01-02"}'
     pd.DataFrame({**rows, "image": [b"x"]}).to_parquet(tmp_path / "m.parquet")
@@ -186,7 +186,7 @@ def test_dates_become_text_and_what_cannot_be_carried_is_named(tmp_path: Path) -
 
 
 def test_every_kind_of_wrong_row_is_told_with_its_number(tmp_path: Path) -> None:
-    good = {"video_id": "a", "uri": "x", "fingerprint": "f"}
+    good = {"video_id": "a", "uri": "x", "fingerprint": "f", "num_bytes": 1}
     wrong: list[tuple[object, str]] = [
         ([1], "expected a JSON object"),
         ({**good, "start_s": "soon"}, "expected a number as start_s, got 'soon'"),

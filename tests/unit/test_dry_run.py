@@ -34,7 +34,9 @@ def config_of(source: Path, out: Path, **plan: Any) -> JobConfig:
 def manifest(folder: Path, *rows: dict[str, object]) -> Path:
     path = folder / "m.jsonl"
     path.write_text(
-        "\n".join(json.dumps({"uri": "gone.mp4", "fingerprint": "f"} | r) for r in rows)
+        "\n".join(
+            json.dumps({"uri": "gone.mp4", "fingerprint": "f", "num_bytes": 0} | r) for r in rows
+        )
     )
     return path
 

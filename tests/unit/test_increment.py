@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fourdh_batch.config import JobConfig, PlanConfig
-from fourdh_batch.errors import ManifestError, SchemaError
+from fourdh_batch.errors import ManifestError, SchemaError, StorageError
 from fourdh_batch.pipeline.increment import Change, Increment, ShardWork
 from fourdh_batch.pipeline.plan import Shard, Video, plan_shards
 from fourdh_batch.storage import Store
@@ -136,6 +136,26 @@ def test_a_changed_video_is_redone_and_its_neighbour_kept(tmp_path: Path) -> Non
         assert list(todo.changes()) == [Change("c", work.shard.shard_id, "changed", "fp-c", "new")]
         assert (todo.todo_videos, todo.todo_shards, todo.todo_bytes) == (1, 1, 10)
         assert todo.num_shards_before == 1
+
+
+def test_a_commit_that_cannot_be_read_now_costs_its_shard_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(tmp_path, corpus("abcd"))
+    with increment(tmp_path, corpus("abcd", a="new", c="new")) as todo:
+        read = Store.read_bytes
+        first = commit_key(next(todo.work()).shard.shard_id)
+
+        def fails(store: Store, key: str) -> bytes:
+            if key == first:
+                raise StorageError(f"read {key}: failed 6 times")
+            return read(store, key)
+
+        monkeypatch.setattr(Store, "read_bytes", fails)
+        lost, other = todo.work()
+        assert lost.problem == f"read {first}: failed 6 times"
+        assert not other.problem
+        assert todo_of(other) == ("c", "d", True)
 
 
 def test_a_commit_that_does_not_know_its_rows_keeps_nothing(tmp_path: Path) -> None:
