@@ -38,6 +38,7 @@ from fourdh_batch.errors import (
     VideoError,
     WorkerDiedError,
 )
+from fourdh_batch.logs import about, set_up_worker
 from fourdh_batch.models.detector import drop_reasons
 from fourdh_batch.models.poses_given import (
     LAYOUTS,
@@ -180,7 +181,10 @@ def _results(
         return
     context = get_context("spawn")  # a fork would copy the threads of Arrow and torch
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(config, card)
+        workers,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(config, card, ledger.report.run_id),
     ) as pool:
         waiting = units()
         running: dict[Future[VideoOutcome | StorageError], tuple[Shard, Video]] = {}
@@ -221,12 +225,13 @@ def _outcome_or_error(
         FourdhError: settings, weights or schema.
     """
     try:
-        try:
-            return retracker.track(shard, video)
-        except Exception as error:
-            if isinstance(error, FourdhError) and not isinstance(error, VideoError):
-                raise
-            return retracker.give_up(shard, video, error)
+        with about(shard=shard.shard_id, video=video.video_id):
+            try:
+                return retracker.track(shard, video)
+            except Exception as error:
+                if isinstance(error, FourdhError) and not isinstance(error, VideoError):
+                    raise
+                return retracker.give_up(shard, video, error)
     except StorageError as error:
         return error
 
@@ -255,16 +260,19 @@ def _publish(
 
 
 _retracker: Retracker | None = None  # of a worker process
+_run_id = ""
 
 
-def _start_worker(config: JobConfig, card: ModelCard) -> None:
-    global _retracker
-    _retracker = Retracker(config, card)
+def _start_worker(config: JobConfig, card: ModelCard, run_id: str) -> None:
+    global _retracker, _run_id
+    set_up_worker(config.log.format)
+    _retracker, _run_id = Retracker(config, card), run_id
 
 
 def _in_worker(shard: Shard, video: Video) -> VideoOutcome | StorageError:
     assert _retracker is not None
-    return _outcome_or_error(_retracker, shard, video)
+    with about(run=_run_id):
+        return _outcome_or_error(_retracker, shard, video)
 
 
 # --- one video ---------------------------------------------------------------------------------

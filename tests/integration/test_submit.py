@@ -39,13 +39,13 @@ def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], str]]:
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text("0123456789abcdef" * 4)
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, agent = free_port(), free_port(), free_port()
     temp = Path("/tmp") / f"fourdh-ray-{os.getpid()}"  # sockets below it need a short path
     process = subprocess.Popen(
         [
             *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=6"),
             *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}"),
-            "--object-store-memory=268435456",
+            *(f"--dashboard-agent-listen-port={agent}", "--object-store-memory=268435456"),
         ],
         env=env,
         stdout=subprocess.DEVNULL,

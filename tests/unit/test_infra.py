@@ -18,6 +18,7 @@ import yaml
 
 import fourdh_batch as fb
 from fourdh_batch.config import JobConfig, load_config
+from fourdh_batch.storage import MAX_SPOOLED_BYTES
 from tests.media import BoxCorpus
 
 REPO = Path(__file__).resolve().parents[2]
@@ -28,7 +29,6 @@ TEXTS = [
     INFRA / "Dockerfile",
     RUNBOOK,
 ]
-MAX_SPOOLED_BYTES = 8 * 2**30  # of a remote video on local disk while it is read
 UNITS = {"Mi": 2**20, "Gi": 2**30, "": 1}
 
 
