@@ -25,7 +25,7 @@ test: $(STAMP) ## Lint, types and tests (2 cores, no network, no GPU)
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## Also the slow tests: full ViT-H goldens, long videos
+test-slow: $(STAMP) ## Only the slow tests: deaths and lost nodes, long videos, full ViT-H goldens
 	$(BIN)/python -m pytest -m slow
 
 test-s3: $(STAMP) ## The tests that speak S3, against Ceph's gateway (Debian packages; see docs/STORAGE.md)

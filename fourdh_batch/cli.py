@@ -35,7 +35,7 @@ from fourdh_batch.pipeline.job import Progress as JobProgress
 from fourdh_batch.pipeline.plan import assignments
 from fourdh_batch.pipeline.records import UNTRAINED
 from fourdh_batch.pipeline.status import RUNNING, status_of
-from fourdh_batch.storage import Store
+from fourdh_batch.storage import Store, redact, redact_uri
 from fourdh_batch.tables.reader import read_table, read_tracks
 from fourdh_batch.tables.release import ReleaseProgress, release_root
 from fourdh_batch.tables.verify import VerifyProgress, VerifyReport, verify_root
@@ -474,17 +474,17 @@ def _guarded(call: Callable[[], int]) -> int:
     try:
         return call()
     except (ConfigError, ManifestError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {redact(str(error))}", err=True)
         return USAGE
     except FileNotFoundError as error:
         named = f"{error.filename}: {error.strerror or 'no such file'}"
-        typer.echo(f"error: {named if error.filename else error}", err=True)
+        typer.echo(f"error: {redact(named if error.filename else str(error))}", err=True)
         return USAGE
     except FourdhError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {redact(str(error))}", err=True)
         return FAIL
     except OSError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {redact(str(error))}", err=True)
         return FAIL
     except (KeyboardInterrupt, SystemExit):  # the latter from Ray's handler while it starts
         typer.echo("stopped; finished videos are kept, the same command goes on", err=True)
@@ -590,7 +590,7 @@ def _print_proof(report: VerifyReport) -> None:
 def _summary(report: RunReport) -> dict[str, Any]:
     return {
         "run_id": report.run_id,
-        "output": report.output,
+        "output": redact_uri(report.output),
         "exit_code": report.exit_code,
         "shards": {
             "done": len(report.shards),
@@ -623,7 +623,7 @@ def _print_summary(report: RunReport) -> None:
         table.add_row(f"shard {shard_id} failed", reason)
     table.add_row("weights", summary["weights"])
     table.add_row("seconds", f"{report.seconds:.1f}")
-    table.add_row("tables", report.output)
+    table.add_row("tables", summary["output"])
     Console().print(table)
 
 

@@ -341,7 +341,7 @@ class _LocalBackend:
         folder = self.root / prefix
         return [
             (path.relative_to(self.root).as_posix(), size)
-            for path, size in _walk(folder)
+            for path, size in _walk(folder, all_or_nothing=True)
             if not (path.name.startswith(".") and path.name.endswith(".tmp"))
         ]
 
@@ -864,7 +864,9 @@ class Listed(NamedTuple):
     fingerprint: str | None
 
 
-def list_objects(uri: str, extensions: Sequence[str]) -> Iterator[Listed]:
+def list_objects(
+    uri: str, extensions: Sequence[str], *, all_or_nothing: bool = False
+) -> Iterator[Listed]:
     """Files of a folder, prefix or glob at all depths, or one file; sorted by path.
 
     Local folders and S3 are read as the iteration goes on: memory stays flat however many there
@@ -875,13 +877,16 @@ def list_objects(uri: str, extensions: Sequence[str]) -> Iterator[Listed]:
             with exactly this name exists.
         extensions: endings to keep, in lower case; not asked of a single file. Hidden files and
             folders (a leading dot) are left out. Linked folders are followed, loops are not.
+        all_or_nothing: a folder below that may not be read is an error; else it is left out,
+            with a warning.
     Raises:
         FileNotFoundError: there is nothing at this address.
         StorageError: the store fails, or may not be read.
     """
     endings = tuple(extensions)
-    alone = str(local_path(uri)) if is_local(uri) else uri
-    for item in _list_local(local_path(uri)) if is_local(uri) else _list_remote(uri):
+    local = is_local(uri)
+    alone = str(local_path(uri)) if local else uri
+    for item in _list_local(local_path(uri), all_or_nothing) if local else _list_remote(uri):
         is_fit = item.relative.lower().endswith(endings) and not _is_hidden(item.relative)
         if is_fit or item.uri == alone:
             yield item
@@ -901,13 +906,13 @@ def _is_hidden(relative: str) -> bool:
     return name.startswith("._") or any(folder.startswith(".") for folder in folders)
 
 
-def _list_local(path: Path) -> Iterator[Listed]:
+def _list_local(path: Path, all_or_nothing: bool) -> Iterator[Listed]:
     if path.is_file():
         yield Listed(path.name, str(path), path.stat().st_size, None)
         return
     found: Iterable[tuple[Path, int]]
     if path.is_dir():
-        base, found = path, _walk(path)
+        base, found = path, _walk(path, all_or_nothing)
     elif glob.has_magic(str(path)):
         base = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
         names = base.glob(str(path.relative_to(base)))
@@ -926,20 +931,23 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[Path, int]]:
+def _walk(
+    folder: Path, all_or_nothing: bool, above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[tuple[Path, int]]:
     """(file, bytes) below a folder, by path; a link back to a folder above is not followed."""
 
     def entries() -> tuple[tuple[int, int], list[str]]:
         status = folder.stat()
         with os.scandir(folder) as found:
-            return (status.st_dev, status.st_ino), sorted(map(_with_slash, found))
+            names = sorted(_with_slash(entry, all_or_nothing) for entry in found)
+            return (status.st_dev, status.st_ino), names
 
     try:
         here, names = _retry(f"list {folder}", entries)
     except FileNotFoundError:  # removed meanwhile
         return
     except StorageError as error:
-        if not above or not isinstance(error.__cause__, PermissionError):
+        if not above or all_or_nothing or not isinstance(error.__cause__, PermissionError):
             raise
         logger.warning("folder %s is left out: %s", folder, error.__cause__.strerror)
         return
@@ -947,17 +955,19 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tup
         return
     for name in names:
         if name.endswith("/"):
-            yield from _walk(folder / name, (*above, here))
+            yield from _walk(folder / name, all_or_nothing, (*above, here))
         else:
             yield folder / name, _size(folder / name)
 
 
-def _with_slash(entry: os.DirEntry[str]) -> str:
+def _with_slash(entry: os.DirEntry[str], all_or_nothing: bool) -> str:
     """A folder's name with a slash behind it: the order of names is then that of whole paths."""
     try:
         return f"{entry.name}/" if entry.is_dir() else entry.name
-    except OSError:  # a link to itself: listed, and found unreadable later
-        return entry.name
+    except OSError as error:
+        if all_or_nothing and error.errno != errno.ELOOP:
+            raise
+        return entry.name  # such as a link to itself: listed, and found unreadable later
 
 
 def _list_remote(uri: str) -> Iterator[Listed]:

@@ -22,8 +22,9 @@ fi
 
 if [ $# -eq 0 ]; then
     set -- "${PYTHON:-.venv/bin/python}" -m pytest -m "slow or not slow" \
-        tests/unit/test_storage_s3.py \
-        tests/fault/test_storage_faults.py tests/integration/test_job_s3.py
+        tests/unit/test_storage_s3.py tests/unit/test_verify_s3.py \
+        tests/fault/test_storage_faults.py tests/fault/test_outages.py \
+        tests/integration/test_job_s3.py
 fi
 
 home=$(mktemp -d)

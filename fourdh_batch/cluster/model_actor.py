@@ -21,10 +21,14 @@ from typing import Any
 import ray
 from ray.exceptions import (
     ActorUnavailableError,
+    LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     RayError,
     RayTaskError,
+    RuntimeEnvSetupError,
 )
 
 from fourdh_batch.cluster.decoding import Decoded, Opening, Unit, decode_videos
@@ -48,7 +52,10 @@ logger = logging.getLogger(__name__)
 
 REPORT_S = 0.5  # between two reports of a unit's progress
 # What Ray raises where a node, its processes or what they hold cannot be reached: nobody's fault.
-LOST_WITH_A_NODE = (ActorUnavailableError, NodeDiedError, ObjectLostError)
+LOST_WITH_A_NODE = (
+    *(ActorUnavailableError, LocalRayletDiedError, NodeDiedError, ObjectLostError),
+    *(ObjectStoreFullError, OutOfDiskError, RuntimeEnvSetupError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +282,8 @@ class ModelWorker:
                 except (RayTaskError, *LOST_WITH_A_NODE):
                     raise
                 except RayError as error:
+                    if timeout_s is None:  # it had not begun with any video
+                        raise
                     raise WorkerDiedError(
                         f"the decoder died: {type(error).__name__}: {error}",
                         video=unit.videos[opened].video_id,

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -72,7 +73,7 @@ from fourdh_batch.pipeline.shard import (
     record_failure,
     report_of,
 )
-from fourdh_batch.storage import Store, safe_key
+from fourdh_batch.storage import Store, is_local, local_path, safe_key
 from fourdh_batch.tables.manifest import CommitRecord, commit_key
 from fourdh_batch.tables.writer import WORK, discard_work
 
@@ -88,7 +89,9 @@ FREE_RETRIES = 3  # then even an innocent-looking unit is a suspect
 MAX_FAILED_STARTS = 3  # of model processes, in a row
 MAX_DEATHS_WITHOUT_WORK = 10  # then it is not a handful of bad videos in a row
 MAX_UNEXPECTED_ERRORS_IN_A_ROW = 5
+MAX_GIVEN_UP_IN_A_ROW = 50  # then it is the machines, the weights or the store
 CLOSE_TIMEOUT_S = 60.0  # for a tracker to save what is finished of a unit that died elsewhere
+SUBMITTED = "working_dir_files"  # in the path where Ray runs a submitted job
 NODE_DIED = "its node has died"  # Ray's words in an ActorDiedError; pinned by a test
 _MIB = 1 << 20
 
@@ -174,6 +177,7 @@ def run_job(config: JobConfig, *, on_progress: OnProgress = lambda progress: Non
         OutputInUseError: another driver is writing to this output.
     """
     require(config, "input", "output", "hmr.weights")
+    config = replace(config, output=_place_for_all(config.output))
     card = model_card(config)
     videos = remembered_corpus(config, Store(config.output))
 
@@ -182,6 +186,18 @@ def run_job(config: JobConfig, *, on_progress: OnProgress = lambda progress: Non
             _Scheduler(config, card, ledger).run()
 
     return bring_up_to_date(config, card, videos, work, on_progress=on_progress)
+
+
+def _place_for_all(output: str) -> str:
+    """The output as processes name it whose working folder is another one."""
+    if not is_local(output) or local_path(output).is_absolute():
+        return output
+    if SUBMITTED in Path.cwd().parts:
+        raise ConfigError(
+            f"output={output}: expected an absolute path or object storage, got a path in the "
+            "copy of the working folder that Ray makes for a submitted job and throws away"
+        )
+    return str(local_path(output).absolute())
 
 
 class _Scheduler:
@@ -211,7 +227,7 @@ class _Scheduler:
         self._num_units = 0
         self._has_more = True
         self._in_progress = {key.split("/")[1] for key, _ in ledger.store.list(WORK)}
-        self._deaths_without_work = self._failed_starts = 0
+        self._deaths_without_work = self._failed_starts = self._given_up_in_a_row = 0
         self._unexpected: set[tuple[str, str]] = set()  # videos that met an error of our own code
         self._looked_around = -math.inf
         self._last_seen_running = time.monotonic()
@@ -477,8 +493,6 @@ class _Scheduler:
                 self._metrics.count("model_deaths")
                 self._start_again_at = time.monotonic() + RESTART_PAUSE_S
                 return
-            if blame(error, had_begun=False) is not Blame.NOBODY:
-                raise
             self._failed_starts = self._count_death(error, self._failed_starts, MAX_FAILED_STARTS)
             return
         self._failed_starts = 0
@@ -513,6 +527,8 @@ class _Scheduler:
             return
         self._journal.forget.remote(running.unit.key)
         self._deaths_without_work = 0
+        if result.outcomes:
+            self._given_up_in_a_row = 0
         self._unexpected.clear()
         shard = running.unit.shard
         for outcome in result.outcomes:
@@ -624,6 +640,12 @@ class _Scheduler:
         if not isinstance(cause, VideoError):
             text = f"{type(cause).__name__}: {cause}"
             cause = WorkerDiedError(text[:2000], video=video.video_id, stage="reconstruct")
+        self._given_up_in_a_row += 1
+        if self._given_up_in_a_row >= MAX_GIVEN_UP_IN_A_ROW:
+            raise FourdhError(
+                f"stopped: {self._given_up_in_a_row} videos in a row were given up and no other "
+                f"unit was finished in between; the last one: {cause}"
+            ) from cause
         return record_failure(
             self._ledger.store,
             self._config,

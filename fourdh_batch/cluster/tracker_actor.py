@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ import ray
 from fourdh_batch.cluster.decoding import Unit
 from fourdh_batch.cluster.metrics import begin_process
 from fourdh_batch.config import JobConfig
-from fourdh_batch.errors import VideoError
+from fourdh_batch.errors import ConfigError, VideoError
 from fourdh_batch.logs import about
 from fourdh_batch.pipeline.following import TrackerModels
+from fourdh_batch.pipeline.job import run_key
 from fourdh_batch.pipeline.plan import Shard
 from fourdh_batch.pipeline.records import ChunkResult, ModelCard
 from fourdh_batch.pipeline.shard import ShardReport, UnitTracking, VideoOutcome, publish
-from fourdh_batch.storage import Store
+from fourdh_batch.storage import Store, redact_uri
 from fourdh_batch.tables.manifest import CommitRecord
 from fourdh_batch.types import DecodeSummary
 
@@ -60,6 +62,7 @@ class TrackerWorker:
         Returns:
             The frame of the first video that is wanted first.
         """
+        check_output(self._store, unit.run)
         with self._busy(unit, video=unit.videos[0].video_id):
             tracking = UnitTracking(
                 unit.shard,
@@ -117,6 +120,20 @@ class TrackerWorker:
             yield
 
 
+def check_output(store: Store, run: str) -> None:
+    """What is written here must lie where the driver looks for it.
+
+    Raises:
+        ConfigError: it does not: a folder of that name on this node is another one.
+    """
+    if run and not store.exists(run_key(run)):
+        raise ConfigError(
+            f"output {redact_uri(store.root)}: expected the record of the run there, as the "
+            f"driver has written it, got none on {socket.gethostname()}; give a folder that all "
+            "nodes share, or object storage"
+        )
+
+
 def publish_shard(
     config: JobConfig,
     card: ModelCard,
@@ -127,8 +144,10 @@ def publish_shard(
 ) -> ShardReport:
     """Merge the rows of a shard into its objects and commit it."""
     begin_process(config)
+    store = Store(config.output)
+    check_output(store, run)
     with about(run=run, shard=shard.shard_id):
-        return publish(Store(config.output), config, card, shard, outcomes, earlier)
+        return publish(store, config, card, shard, outcomes, earlier)
 
 
 TrackerActor: Any = ray.remote(max_restarts=0, max_task_retries=0)(TrackerWorker)

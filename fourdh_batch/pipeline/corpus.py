@@ -12,6 +12,7 @@ import heapq
 import io
 import json
 import math
+import os
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -215,7 +216,7 @@ def _stream(source: str, plan: PlanConfig, probe: Probe) -> Iterator[Video]:
         if plan.limit:
             listed = iter(heapq.nsmallest(plan.limit, listed, key=attrgetter("video_id")))
     else:
-        listed = _folder_videos(source, problems)
+        listed = _folder_videos(source, problems, all_or_nothing=plan.remove_missing)
         if plan.limit:
             listed = islice(listed, plan.limit)
     num_videos = 0
@@ -226,11 +227,13 @@ def _stream(source: str, plan: PlanConfig, probe: Probe) -> Iterator[Video]:
             video, future = ahead.popleft()
             try:
                 num_bytes, fingerprint = future.result()
-            except (OSError, StorageError) as error:
-                if is_table:
+            except Exception as error:
+                if is_table:  # also a protocol that nobody knows, or whose library is missing
                     where = redact_uri(video.uri)
                     problems.add(f"{video.video_id}: {where}: {type(error).__name__}")
                     return
+                if not isinstance(error, (OSError, StorageError)):
+                    raise
                 # A dangling link or unreadable file among good ones: its own row in `failures`.
                 num_bytes, fingerprint = 0, f"{UNREADABLE}-{type(error).__name__}"
             yield _with_content(video, num_bytes, fingerprint)
@@ -269,15 +272,16 @@ def _window_mark(start_s: float | None, end_s: float | None) -> str:
     return f"@{begin}-{end}"
 
 
-def _folder_videos(source: str, problems: Problems) -> Iterator[Video]:
+def _folder_videos(source: str, problems: Problems, *, all_or_nothing: bool) -> Iterator[Video]:
     try:
-        for item in list_objects(source, VIDEO_EXTENSIONS):
+        for item in list_objects(source, VIDEO_EXTENSIONS, all_or_nothing=all_or_nothing):
             if problem := _wrong_id(item.relative):
                 problems.add(problem)
             else:
                 yield Video(item.relative, item.uri, item.num_bytes, item.fingerprint or "")
     except (FileNotFoundError, StorageError) as error:
-        raise ManifestError(f"input {redact_uri(source)}: not found ({error})") from error
+        what = "not found" if isinstance(error, FileNotFoundError) else "cannot be listed"
+        raise ManifestError(f"input {redact_uri(source)}: {what} ({error})") from error
 
 
 def _manifest_videos(source: str, plan: PlanConfig, problems: Problems) -> Iterator[Video]:
@@ -329,7 +333,7 @@ def _jsonl_rows(file: Any) -> Iterator[Any]:
     for line in _lines(file):
         try:
             yield json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             yield line  # which is no object: refused with its number
 
 
@@ -374,6 +378,8 @@ def _video_of(row: Any, folder: str) -> Video:
         raise _RowError(f"expected texts video_id and uri, got {kinds!r:.200}")
     if problem := _wrong_id(video_id):
         raise _RowError(problem)
+    if not _is_path(uri):
+        raise _RowError(f"{video_id}: expected an address, got {uri!r:.99}")
     if folder and "://" not in uri and not uri.startswith("/"):
         uri = f"{folder}/{uri}"
     start_s, end_s = _seconds(row, "start_s"), _seconds(row, "end_s")
@@ -385,11 +391,21 @@ def _video_of(row: Any, folder: str) -> Video:
     fingerprint = row.get("fingerprint")
     if fingerprint is not None and (not isinstance(fingerprint, str) or len(fingerprint) > 256):
         raise _RowError(f"{video_id}: expected a short text, fingerprint, got {fingerprint!r:.99}")
+    if fingerprint and (fingerprint.startswith(UNREADABLE) or not _is_path(fingerprint)):
+        raise _RowError(f"{video_id}: {fingerprint!r:.99} cannot be a fingerprint")
     if fingerprint and num_bytes is None:  # the file is not asked, and shards are cut by size
         raise _RowError(f"{video_id}: expected num_bytes beside fingerprint, got none")
     return Video(
         video_id, uri, int(num_bytes or 0), fingerprint or "", start_s, end_s, _extra(row, video_id)
     )
+
+
+def _is_path(text: str) -> bool:
+    """Whether the file system could have such a name."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _number(row: Row, name: str) -> float | None:
@@ -402,7 +418,7 @@ def _number(row: Row, name: str) -> float | None:
         number = float(value)
         if not math.isfinite(number):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _RowError(f"expected a number as {name}, got {value!r:.99}") from None
     return number
 

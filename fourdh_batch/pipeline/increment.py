@@ -207,9 +207,14 @@ class Increment:
             yield CommitRecord.from_json(self._store.read_bytes(key), key)
 
     def record_removals(self) -> None:
-        """Have the plan forget the videos that have left the tables; when they have."""
+        """Have the plan forget what is not in the corpus, once it has left the tables.
+
+        Also videos that were planned and never finished.
+        """
         rows = self._db.execute(
-            "SELECT video_id, ? FROM change WHERE kind = 'removed' ORDER BY rowid", (TAKEN_OUT,)
+            "SELECT video_id, ? FROM placed LEFT JOIN planned USING (shard_id, video_id) "
+            "WHERE uri IS NULL ORDER BY video_id",
+            (TAKEN_OUT,),
         )
         write_generation(self._store, self._config.dataset, self._generation, rows)
 
@@ -334,6 +339,7 @@ class Increment:
         found.missing = list(done.values())
         # Where only videos are missing today (a smaller input, a limit), what is finished stays.
         found.redo = bool(found.changes) or (bool(found.missing) and plan.remove_missing)
+        found.redo |= commit.is_void
         if plan.retry_quarantined and any(v.status == QUARANTINED for v in found.missing):
             found.redo = True
         if found.redo and plan.remove_missing:

@@ -375,6 +375,11 @@ def summary_of(report: RunReport) -> dict[str, object]:
     }
 
 
+def run_key(run_id: str) -> str:
+    """Where the record of a run lies, from its beginning on."""
+    return f"{RUNS}/{run_id}.json"
+
+
 def changes_key(run_id: str, ending: str = "parquet") -> str:
     """Where a run lists the videos that were not up to date, and why: all of them, or as text."""
     return f"{RUNS}/{run_id}-changes.{ending}"
@@ -472,7 +477,7 @@ def _recorded(
             },
         }
         body = json.dumps(record, indent=1).encode()
-        store.write_bytes(f"{RUNS}/{report.run_id}.json", body)
+        store.write_bytes(run_key(report.run_id), body)
 
     def on_tick(progress: Progress) -> None:
         nonlocal written, last

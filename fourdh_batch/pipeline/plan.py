@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fourdh_batch.errors import SchemaError
+from fourdh_batch.errors import OutputInUseError, SchemaError
 from fourdh_batch.pipeline.corpus import UNREADABLE as UNREADABLE
 from fourdh_batch.pipeline.corpus import Video as Video
 from fourdh_batch.pipeline.corpus import read_corpus as read_corpus
@@ -184,7 +184,9 @@ def write_generation(
             while batch:
                 writer.write_table(pa.table(list(zip(*batch, strict=True)), _GENERATION_SCHEMA))
                 batch = list(islice(rest, _BATCH_ROWS))
-        store.put_file(path, f"{plan_folder(dataset)}/{generation:06d}.parquet")
+        key = f"{plan_folder(dataset)}/{generation:06d}.parquet"
+        if not store.create_exclusive(key, path.read_bytes()):
+            raise OutputInUseError(f"{key}: another driver has recorded a plan just now")
     return True
 
 

@@ -326,6 +326,8 @@ def _counts_from_commits(store: Store, status: Status, dataset: str | None) -> N
         except (ValueError, FourdhError) as error:
             status.notes.append(f"{item[0]}: {error}")
             return None
+        if record.is_void:
+            return None
         return record.dataset, [(video.video_id, video.status) for video in record.videos]
 
     num_shards = 0

@@ -105,6 +105,9 @@ def _misfit(record: Any) -> str:
 def check_record(record: CommitRecord) -> Iterator[Problem]:
     """What can be told from the record alone."""
     shard = record.shard_id
+    if record.is_void:
+        got = "one that is being replaced, or was when a run was killed: run the job again"
+        yield Problem("commit", "a finished shard", got, shard)
     for name in sorted({*record.objects, *TABLES}):
         if name not in TABLES:
             yield Problem("schema", f"the tables {', '.join(TABLES)}", f"{name!r:.80}", shard)

@@ -133,6 +133,11 @@ class CommitRecord:
             raise SchemaError(f"{key}: expected a commit record, got {data[:80]!r}") from error
 
     @property
+    def is_void(self) -> bool:
+        """Whether its objects are being replaced, or were when a run was killed."""
+        return not self.fingerprint
+
+    @property
     def num_rows(self) -> dict[str, int]:
         """Rows per table."""
         return {name: record.num_rows for name, record in self.objects.items()}
@@ -151,15 +156,16 @@ def write_commit(store: Store, record: CommitRecord) -> None:
 def void_commit(store: Store, shard_id: str) -> None:
     """Before the objects of a finished shard change: no plan may take it for up to date any more.
 
-    Its objects stay readable through the record; with a kill from here on, all of its videos are
-    new to the next run. Nothing happens where there is no record.
+    Its objects stay readable through the record as long as they are those that it names; with a
+    kill from here on the next run takes over of them what it can. Nothing happens where there is
+    no record.
     """
     key = commit_key(shard_id)
     try:
         record = CommitRecord.from_json(store.read_bytes(key), key)
     except (FileNotFoundError, SchemaError):
         return
-    store.write_bytes(key, replace(record, fingerprint="", videos=()).to_json())
+    store.write_bytes(key, replace(record, fingerprint="").to_json())
 
 
 def read_commits(store: Store) -> dict[str, CommitRecord]:
@@ -232,6 +238,7 @@ class Lease:
 
         def keep() -> None:
             while not stop.wait(self._duration_s / 3):
+                begun = time.monotonic()  # the time in the object is of now, not of its arrival
                 try:
                     self.renew()
                 except OutputInUseError as error:
@@ -240,7 +247,7 @@ class Lease:
                 except Exception as error:  # noqa: BLE001 - it may work next time
                     logger.warning("lease not renewed: %s", error)
                     continue
-                self._renewed = time.monotonic()
+                self._renewed = begun
 
         self._renewed = time.monotonic()
         thread = threading.Thread(target=keep, name="lease", daemon=True)
@@ -361,5 +368,11 @@ def _is_dead(identity: str) -> bool:
     here = _process_identity(os.getpid()).split()
     there = identity.split()
     if len(here) != 4 or len(there) != 4 or here[:2] != there[:2]:
+        return False
+    try:
+        os.kill(int(there[2]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it lives, and is somebody else's
         return False
     return _process_identity(int(there[2])) != identity

@@ -272,6 +272,8 @@ class _Copy:
             raise SchemaError(f"{key}: expected a commit record, got {error}") from error
         if self._datasets and record.dataset not in self._datasets:
             return False
+        if record.is_void:
+            raise _TornError(f"shard {record.shard_id}: a run has begun to replace it")
         digest = sha256(data).hexdigest()
         before = self._shards.get(key)
         if before is not None and before[1].commit_sha256 == digest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -199,9 +200,16 @@ def test_every_kind_of_wrong_row_is_told_with_its_number(tmp_path: Path) -> None
         ({**good, "x": "\ud800"}, "its other columns are not JSON"),
         ({**good, "video_id": "\ud800"}, "valid Unicode"),
         ({**good, "uri": ""}, "expected texts video_id and uri"),
+        ({**good, "uri": "a\0b"}, "expected an address"),
+        ({**good, "uri": "\ud800"}, "expected an address"),
+        ({**good, "fingerprint": "\ud800"}, "cannot be a fingerprint"),
+        ({**good, "fingerprint": "unreadable-x"}, "cannot be a fingerprint"),
+        ({**good, "num_bytes": None}, "expected num_bytes beside fingerprint, got none"),
+        ({**good, "num_bytes": 1e30}, "expected num_bytes of 0 or more, got 1e+30"),
+        ({**good, "start_s": 10**400}, "expected a number as start_s"),
     ]
     path = jsonl(tmp_path / "m.jsonl", [row for row, _ in wrong])
-    path.write_text(path.read_text() + "\n{broken")
+    path.write_text(path.read_text() + "\n" + "[" * 100_000)
     with pytest.raises(ManifestError) as caught:
         videos_of(path)
     lines = str(caught.value).split("\n  ")
@@ -254,10 +262,38 @@ def test_a_limit_takes_the_first_by_id_and_asks_no_other_file(tmp_path: Path) ->
     assert sorted(videos_of(jsonl(tmp_path / "m.jsonl", rows), limit=2)) == ["a", "b"]
 
 
+def test_addresses_that_nothing_can_read_are_listed_with_the_others(tmp_path: Path) -> None:
+    uris = ["foo://x/a.mp4", "/nowhere/b.mp4", "data://", "abfs://c@d/e.mp4"]
+    rows = [{"video_id": str(n), "uri": uri} for n, uri in enumerate(uris)]
+    with pytest.raises(ManifestError, match=r"4 problems:\n  0: foo://x/a\.mp4: ValueError"):
+        videos_of(jsonl(tmp_path / "m.jsonl", rows))
+
+
+def test_a_folder_that_may_not_be_read_stops_a_run_that_would_remove_its_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_file(tmp_path / "a.mp4")
+    (tmp_path / "sub").mkdir()
+    some_file(tmp_path / "sub" / "b.mp4")
+    scandir = os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    config = JobConfig(input=str(tmp_path))
+    assert [video.video_id for video in stream_corpus(config)] == ["a.mp4"]
+    config.plan.remove_missing = True
+    with pytest.raises(ManifestError, match=r"cannot be listed \(.*sub.*Permission denied"):
+        list(stream_corpus(config))
+
+
 def test_what_a_listing_tells_is_not_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def listing(uri: str, extensions: Iterable[str]) -> Iterable[Listed]:
+    def listing(uri: str, extensions: Iterable[str], **_: bool) -> Iterable[Listed]:
         yield Listed("a.mp4", "s3://nowhere/a.mp4", 7, "etag")
         yield Listed("b.mp4", str(some_file(tmp_path / "b.mp4")), 1, None)
 

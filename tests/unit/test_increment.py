@@ -11,7 +11,7 @@ import pytest
 from fourdh_batch.config import JobConfig, PlanConfig
 from fourdh_batch.errors import ManifestError, SchemaError, StorageError
 from fourdh_batch.pipeline.increment import Change, Increment, ShardWork
-from fourdh_batch.pipeline.plan import Shard, Video, plan_shards
+from fourdh_batch.pipeline.plan import Shard, Video, assignments, plan_shards
 from fourdh_batch.storage import Store
 from fourdh_batch.tables.manifest import (
     CommitRecord,
@@ -313,11 +313,25 @@ def test_a_file_that_cannot_be_read_today_keeps_its_rows(
         assert todo.num_changes == {"changed": 1}
 
 
-def test_videos_of_a_shard_that_was_being_replaced_are_new(tmp_path: Path) -> None:
+def test_a_shard_that_was_being_replaced_is_redone_and_keeps_what_it_can(tmp_path: Path) -> None:
     finish(tmp_path, corpus("ab"))
     store = Store(str(tmp_path))
     [shard] = plan_shards(store, "d", corpus("ab"), videos_per_shard=2, mb_per_shard=9)
     void_commit(store, shard.shard_id)
     with increment(tmp_path, corpus("ab")) as todo:
-        assert todo.num_changes == {"new": 2}
-        assert [todo_of(work)[1] for work in todo.work()] == [""]
+        assert (todo.num_changes, todo.todo_shards, todo.todo_videos) == ({}, 1, 0)
+        assert [todo_of(work) for work in todo.work()] == [("", "ab", True)]
+    with increment(tmp_path, corpus("ab", b="new")) as todo:
+        assert kinds(todo) == {"b": "changed"}
+        assert [todo_of(work) for work in todo.work()] == [("b", "a", True)]
+
+
+def test_videos_that_were_planned_and_went_before_they_were_done_are_forgotten(
+    tmp_path: Path,
+) -> None:
+    with increment(tmp_path, corpus("abcd")) as todo:
+        commit(tmp_path, next(todo.work()).shard)
+    with increment(tmp_path, corpus("ab"), remove_missing=True) as todo:
+        assert not list(todo.changes())
+        todo.record_removals()
+    assert [video for video, _ in assignments(Store(str(tmp_path)), "d")] == ["a", "b"]

@@ -20,7 +20,7 @@ import pytest
 from fourdh_batch.errors import SchemaError, StorageError
 from fourdh_batch.storage import Store
 from fourdh_batch.tables import reader
-from fourdh_batch.tables.manifest import commit_key
+from fourdh_batch.tables.manifest import commit_key, void_commit
 from fourdh_batch.tables.reader import read_arrow, read_table, read_tracks, smpl_arrays
 from fourdh_batch.tables.schema import arrow_schema, check_table, table_schema
 from fourdh_batch.tables.writer import object_key
@@ -72,6 +72,13 @@ def test_only_the_objects_of_the_wanted_videos_are_opened(root: str) -> None:
         bytes(Path(root, object_key("tracks", "ava", "s1")).stat().st_size)
     )
     assert len(read_tracks(root, dataset="own", video_id="a")) == 40
+
+
+def test_a_shard_that_is_about_to_be_replaced_is_still_found_by_its_videos(root: str) -> None:
+    before = read_tracks(root, video_id="a")
+    void_commit(Store(root), "s1")
+    pd.testing.assert_frame_equal(read_tracks(root, video_id="a"), before)
+    assert len(before)
 
 
 def test_what_is_not_committed_is_left_out_unless_asked_for(root: str) -> None:

@@ -20,7 +20,7 @@ from fourdh_batch.cli import app
 from fourdh_batch.errors import ConfigError, OutputInUseError, SchemaError, StorageError
 from fourdh_batch.storage import Store
 from fourdh_batch.tables import release
-from fourdh_batch.tables.manifest import Lease, commit_key
+from fourdh_batch.tables.manifest import Lease, commit_key, void_commit
 from fourdh_batch.tables.reader import READ_BACKOFF_S, RELEASE_KEY, UNFINISHED
 from fourdh_batch.tables.release import release_root
 from fourdh_batch.tables.schema import TABLES
@@ -281,6 +281,12 @@ def test_a_root_that_never_rests_is_not_released(
         release_root(store.root, "v1")
     with pytest.raises(FileNotFoundError, match="not finished"):
         fb.read_tracks(place(store))
+
+
+def test_a_shard_that_is_being_replaced_is_never_released(store: Store) -> None:
+    void_commit(store, "s1")
+    with pytest.raises(StorageError, match="shard s1: a run has begun to replace it"):
+        release_root(store.root, "v1")
 
 
 def test_objects_that_do_not_fit_their_record_are_never_released(store: Store) -> None:
