@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -431,24 +432,21 @@ def _serve(nodes: list[int]) -> None:
         )
     for line in sys.stdin:
         task = json.loads(line)
-        stop = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(cluster, task["rules"], stop))
-        watcher.start()
-        run = _run_one(task["words"])
-        stop.set()
-        watcher.join()
-        answers.write(json.dumps(asdict(run)) + "\n")
+        with ThreadPoolExecutor(1) as pool:  # a node can be started by the main thread only
+            running = pool.submit(_run_one, task["words"])
+            _watch(cluster, task["rules"], running)
+        answers.write(json.dumps(asdict(running.result())) + "\n")
         answers.flush()
     ray.shutdown()
     if cluster is not None:
         cluster.shutdown()
 
 
-def _watch(cluster: Any, rules: list[dict[str, Any]], stop: threading.Event) -> None:
+def _watch(cluster: Any, rules: list[dict[str, Any]], running: Future[Run]) -> None:
     """Take nodes away, or add some, as the notes say."""
     file = os.environ["FOURDH_TEST_FAULTS"]
     done: set[int] = set()
-    while not stop.wait(0.02):
+    while not wait([running], timeout=0.02).done:
         for number, rule in enumerate(rules):
             note = Path(f"{file}.{number}.note")
             if number in done or cluster is None or not note.exists():

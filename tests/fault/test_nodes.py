@@ -76,11 +76,14 @@ def test_the_nodes_of_its_decoders_may_die_without_a_video_being_suspected(
 def test_a_node_that_joins_late_is_used(
     clips: BoxCorpus, undisturbed: Tables, tmp_path: Path
 ) -> None:
+    # What waits is what another process can take: one unit at a time, and long enough for a node
+    # and its processes to start on a busy machine.
     words = [*clips.settings(tmp_path / "out"), *COMMON, "cluster.gpu_actors=2"]
+    words.append("cluster.units_per_actor=1")
     with Bench(tmp_path / "bench", nodes=[2]) as bench:
         bench.rules = [
             {"at": "models", "do": "tell", "cpus": 2, "times": 1},
-            *({"at": "models", "do": "slow"} for _ in range(4)),
+            *({"at": "models", "do": "slow"} for _ in range(12)),
         ]
         run = bench.run(words)
         nodes = {chunk.node_id for chunk in bench.passes()}

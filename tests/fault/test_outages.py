@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,8 @@ def bucket(proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     use_endpoint(proxy.url, monkeypatch)
     proxy.reset()
     name = f"outages-{os.getpid()}"
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+    with suppress(FileExistsError):  # of the test before
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
     yield f"s3://{name}"
     proxy.reset()
 
