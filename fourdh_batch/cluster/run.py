@@ -150,6 +150,7 @@ class _Lane:
     trackers: list[Any] = field(default_factory=list)
     node_id: str = ""
     since: float = 0.0
+    num_begun: int = 0  # units so far
     running: dict[Any, _Running] = field(default_factory=dict)
 
     @property
@@ -448,7 +449,25 @@ class _Scheduler:
                 if pending is None:
                     break
                 self._queue.remove(pending)
+                if not lane.num_begun and not pending.alone:
+                    pending = self._halved(pending)
                 self._start_unit(lane, pending)
+
+    def _halved(self, pending: _Pending) -> _Pending:
+        """The first unit of a lane: half of it, the rest waits.
+
+        Units that begin together and are equally long would end together, and the models would
+        wait for the decoders of the next ones, every time.
+        """
+        videos = pending.shard.videos
+        if len(videos) < 2 or pending.saved:
+            return pending
+        first, rest = (
+            replace(pending, shard=replace(pending.shard, videos=part))
+            for part in (videos[: len(videos) // 2], videos[len(videos) // 2 :])
+        )
+        self._queue.appendleft(rest)
+        return first
 
     def _start_unit(self, lane: _Lane, pending: _Pending) -> None:
         load = [0] * len(lane.trackers)
@@ -456,6 +475,7 @@ class _Scheduler:
             load[running.index] += 1
         index = load.index(min(load))
         self._num_units += 1
+        lane.num_begun += 1
         key = f"{pending.shard.shard_id}/{pending.shard.videos[0].video_id}#{self._num_units}"
         unit = Unit(key, pending.shard, pending.saved, pending.alone, self._run_id)
         tracker = lane.trackers[index]

@@ -29,8 +29,9 @@ from tests.benchmark.small_clips import no_boxes
 from tests.media import write_video
 
 SERVICE_S = 1 / 50  # per frame: 50 frames/s and model process
-CLIP_FRAMES = 320  # ten chunks
-CLIPS_PER_ACTOR = 6
+CLIP_FRAMES = 64  # two chunks
+CLIPS_PER_UNIT = 8
+CLIPS_PER_ACTOR = 48
 LOG = "FOURDH_PLAYED_GPU"
 
 
@@ -114,8 +115,8 @@ def measure(folder: Path, num_actors: int, clip: Path) -> tuple[float, float]:
         f"cluster.gpu_actors={num_actors}",
         "cluster.cpus_per_actor=0.01",
         "cluster.cpus_per_decoder=0.01",
-        "cluster.videos_per_unit=1",
-        "plan.videos_per_shard=8",
+        f"cluster.videos_per_unit={CLIPS_PER_UNIT}",
+        "plan.videos_per_shard=32",
     ]
     environment = {"env_vars": {LOG: str(place / "log")}}
     ray.init(

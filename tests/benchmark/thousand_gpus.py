@@ -23,7 +23,7 @@ from fourdh_batch.pipeline.engine import build_engine, model_card
 from fourdh_batch.pipeline.plan import Shard
 from fourdh_batch.pipeline.shard import process_shard
 from fourdh_batch.storage import Store
-from tests.benchmark.scheduling import measure
+from tests.benchmark.scheduling import CLIP_FRAMES, measure
 from tests.media import BoxCorpus, write_video
 
 NUM_GPUS = 1000
@@ -100,7 +100,7 @@ def run() -> list[dict[str, Any]]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        noise = np.random.default_rng(0).integers(0, 255, (320, 2, 2, 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(0, 255, (CLIP_FRAMES, 2, 2, 3), dtype=np.uint8)
         clip = write_video(folder / "clip.mp4", noise.repeat(32, 1).repeat(32, 2), gop=64)
         _, unit_s = measure(folder, 4, clip)
     say("driver, processor time per unit", 1000 * unit_s, "ms")
