@@ -183,6 +183,17 @@ def _grown_size(size_wh: Floats, aspect_wh: tuple[int, int]) -> F32:
     return np.stack((grown_w, grown_h), axis=-1).astype(np.float32, copy=False)
 
 
+def box_iou(a_xyxy: Floats, b_xyxy: Floats) -> Floats:
+    """(A, B) intersection over union of (A, 4) and (B, 4) corners; 0 where both are empty."""
+    low = np.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
+    high = np.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
+    overlap = np.prod(np.maximum(high - low, 0), axis=2)
+    area_a = np.prod(a_xyxy[:, 2:] - a_xyxy[:, :2], axis=1)
+    area_b = np.prod(b_xyxy[:, 2:] - b_xyxy[:, :2], axis=1)
+    union = area_a[:, None] + area_b[None, :] - overlap
+    return np.asarray(np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0))
+
+
 # ---------------------------------------------------------------- cameras
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fourdh_batch.errors import CheckpointError, ConfigError
+from fourdh_batch.geometry import box_iou
 from fourdh_batch.storage import open_read
 from fourdh_batch.types import F32, I64, Bool, Detections, FrameChunk, RleMask
 
@@ -266,17 +267,6 @@ def clip_boxes(bbox_xyxy_px: F32, image_size_wh: tuple[int, int]) -> F32:
     width, height = image_size_wh
     limit = np.array([width, height, width, height], dtype=np.float32)
     return np.clip(bbox_xyxy_px, np.float32(0), limit)
-
-
-def box_iou(a_xyxy: F32, b_xyxy: F32) -> F32:
-    """(A, B) intersection over union of (A, 4) and (B, 4) corners; 0 where both are empty."""
-    low = np.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
-    high = np.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
-    overlap = np.prod(np.maximum(high - low, 0), axis=2)
-    area_a = np.prod(a_xyxy[:, 2:] - a_xyxy[:, :2], axis=1)
-    area_b = np.prod(b_xyxy[:, 2:] - b_xyxy[:, :2], axis=1)
-    union = area_a[:, None] + area_b[None, :] - overlap
-    return np.asarray(np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0))
 
 
 def suppress_overlaps(bbox_xyxy_px: F32, max_iou: float) -> Bool:

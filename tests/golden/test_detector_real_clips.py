@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fourdh_batch.models.detector import Detector, box_iou, build_detector, drop_reasons
+from fourdh_batch.geometry import box_iou
+from fourdh_batch.models.detector import Detector, build_detector, drop_reasons
 from fourdh_batch.types import F32, Detections, FrameChunk
 
 pytestmark = pytest.mark.shared

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from fourdh_batch.errors import CheckpointError, ConfigError
+from fourdh_batch.geometry import box_iou
 from fourdh_batch.models.detector import (
     DETECTORS,
     batch_bounds,
-    box_iou,
     build_detector,
     clip_boxes,
     drop_reasons,
