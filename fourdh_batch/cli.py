@@ -6,6 +6,7 @@ table); 1 failed; 2 usage.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import platform
@@ -16,9 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
+import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -28,6 +31,8 @@ from rich.table import Table
 from fourdh_batch import __version__, logs
 from fourdh_batch.config import JobConfig, describe_settings, load_config, require
 from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
+from fourdh_batch.evaluate.report import MISSING, PoseScores, Report, evaluate
+from fourdh_batch.evaluate.tracking import PROTOCOLS
 from fourdh_batch.pipeline.corpus import stream_corpus
 from fourdh_batch.pipeline.dry_run import MAX_HEADERS, MAX_SHARDS, DryRun, dry_run
 from fourdh_batch.pipeline.job import OnProgress, RunReport, changes_key, summary_of
@@ -107,7 +112,7 @@ def plan_command(
     def plan() -> int:
         config = load_config(*_split(words))
         require(config, "input", "output")
-        with _steps() as on_step:
+        with _steps("planning") as on_step:
             found = dry_run(
                 config,
                 max_headers=headers,
@@ -252,6 +257,73 @@ def show_command(
         return DONE
 
     raise typer.Exit(_guarded(draw))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    predictions: Annotated[str, typer.Argument(help="Root of the tables of a run.")],
+    truth: Annotated[
+        str, typer.Argument(help="Parquet file with columns of `tracks`, or a root of tables.")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Write all numbers: .json, or .parquet with a row per video."
+        ),
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Tracking protocol: {' or '.join(PROTOCOLS)}; may be repeated, else both.",
+            show_default=False,
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Of the predictions, of several.", show_default=False)
+    ] = None,
+    body: Annotated[
+        str | None,
+        typer.Option(help="Body model for PVE; else the open body.", show_default=False),
+    ] = None,
+    extra_regressor: Annotated[
+        str | None, typer.Option(help="SMPL_to_J19.pkl of an SMPL file.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score bodies, tracks and boxes of a run against truth. docs/EVALUATION.md says what is what.
+
+    A video that the run lacks is all misses, and is named.
+
+    Examples: fourdh evaluate /data/tables /data/corpus/truth.parquet;
+    fourdh evaluate s3://bucket/tables s3://bucket/truth.parquet --to scores.json;
+    fourdh evaluate /data/tables /data/other_tables --gate phalp --json
+    """
+
+    def score() -> int:
+        if unknown := sorted(set(gate or ()) - set(PROTOCOLS)):
+            raise ConfigError(f"--gate: expected {' or '.join(PROTOCOLS)}, got {unknown[0]!r}")
+        if to is not None and not to.endswith((".json", ".parquet")):
+            raise ConfigError(f"--to: expected a file that ends in .json or .parquet, got {to!r}")
+        from fourdh_batch.models.smpl import load_body
+
+        with _steps("evaluating") as on_step:
+            report = evaluate(
+                predictions,
+                truth,
+                dataset=dataset,
+                protocols=gate or tuple(PROTOCOLS),
+                body=load_body(body, extra_regressor=extra_regressor),
+                on_step=on_step,
+            )
+        if to is not None:
+            write_report(report, to)
+        if as_json:
+            typer.echo(json.dumps(report.to_dict()))
+        else:
+            _print_scores(report)
+        return DONE
+
+    raise typer.Exit(_guarded(score))
 
 
 @app.command("settings")
@@ -628,16 +700,95 @@ def _print_summary(report: RunReport) -> None:
 
 
 @contextmanager
-def _steps() -> Iterator[Callable[[str, int, int], None]]:
-    """A line that says how far planning is, where a person looks on."""
+def _steps(doing: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A line that says how far it is, where a person looks on."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda what, done, total: None
         return
-    with console.status("planning") as status:
+    with console.status(doing) as status:
         yield lambda what, done, total: status.update(
-            f"planning: {done}{f' of {total}' if total else ''} {what}"
+            f"{doing}: {done}{f' of {total}' if total else ''} {what}"
         )
+
+
+def write_report(report: Report, to: str) -> None:
+    """Write all numbers of an evaluation to a `.json` or, a row per video, a `.parquet`."""
+    folder, slash, name = to.rpartition("/")
+    store = Store((folder or slash) if slash else ".")
+    if name.endswith(".json"):
+        store.write_bytes(name, json.dumps(report.to_dict(), indent=1).encode())
+        return
+    sink = io.BytesIO()
+    pq.write_table(report.to_table(), sink)
+    store.write_bytes(name, sink.getvalue())
+
+
+def _print_scores(report: Report) -> None:
+    console, overall = Console(), report.overall
+    num_missing = len(report.missing)
+    table = Table(show_header=False, title=f"{report.predictions} against {report.truth}")
+    table.add_row("videos", f"{len(report.per_video)}, of them {num_missing} missing")
+    for title, pose in (("bodies", overall.pose), ("completed bodies", overall.completed)):
+        table.add_row(title, _pose_line(pose), end_section=pose is overall.completed)
+    for name, scores in overall.tracking.items():
+        table.add_row(
+            f"tracks, {name}",
+            f"HOTA {scores.hota:.3f} (DetA {scores.det_a:.3f}, AssA {scores.ass_a:.3f}), "
+            f"MOTA {scores.mota:.3f}, IDF1 {scores.idf1:.3f}, IDs {scores.id_switches}; "
+            f"{scores.matches} boxes matched, {scores.misses} missed, "
+            f"{scores.false_positives} wrong",
+        )
+    boxes = overall.boxes
+    table.add_row(
+        f"boxes of {report.boxes_of}",
+        f"AP {boxes.ap:.3f}, AP50 {boxes.ap50:.3f}, AP75 {boxes.ap75:.3f}, "
+        f"recall at IoU 0.5 {boxes.recall50:.3f}",
+    )
+    console.print(table)
+    each = Table(
+        *("video", "bodies", "MPJPE", "PA-MPJPE"),
+        *(f"{word} {name}" for name in overall.tracking for word in ("HOTA", "MOTA", "IDs")),
+        caption=f"the first {MAX_LINES} videos; --to has all"
+        if len(report.per_video) > MAX_LINES
+        else None,
+    )
+    for video_id, one in islice(report.per_video.items(), MAX_LINES):
+        label = f"{video_id} (missing)" if report.status[video_id] == MISSING else video_id
+        each.add_row(
+            *(label, str(one.pose.num_people)),
+            *(_number(one.pose.mpjpe_mm), _number(one.pose.pa_mpjpe_mm)),
+            *(
+                word
+                for scores in one.tracking.values()
+                for word in (
+                    *(f"{scores.hota:.3f}", f"{scores.mota:.3f}"),
+                    str(scores.id_switches),
+                )
+            ),
+        )
+    console.print(each)
+    for video_id in report.missing[:MAX_LINES]:
+        typer.echo(f"missing: {video_id}: in the truth, not in the predictions; all are misses")
+    if report.without_truth:
+        typer.echo(f"not scored, as there is no truth: {len(report.without_truth)} videos")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+
+
+def _pose_line(pose: PoseScores) -> str:
+    share = "" if pose.matched is None else f" ({100 * pose.matched:.1f} % of the true ones)"
+    rate = "" if pose.fps is None else f" at {pose.fps:g} fps"
+    shares = ", ".join(f"PCK@{name} {_number(value, 3)}" for name, value in pose.pck.items())
+    return (
+        f"{pose.num_people} matched{share}; MPJPE {_number(pose.mpjpe_mm)} mm, "
+        f"PA-MPJPE {_number(pose.pa_mpjpe_mm)} mm, PVE {_number(pose.pve_mm)} mm, acceleration "
+        f"{_number(pose.acceleration_mm_per_frame2)} mm/frame²{rate}, {shares}"
+    )
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _print_plan(found: DryRun) -> None:

@@ -16,7 +16,17 @@ runner = CliRunner()
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["run"], ["plan"], ["show"], ["doctor"], ["settings"], ["weights", "import"]]
+    "words",
+    [
+        [],
+        ["run"],
+        ["plan"],
+        ["show"],
+        ["evaluate"],
+        ["doctor"],
+        ["settings"],
+        ["weights", "import"],
+    ],
 )
 def test_every_command_explains_itself(words: list[str]) -> None:
     result = runner.invoke(app, [*words, "--help"])

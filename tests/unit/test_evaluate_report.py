@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from fourdh_batch.cli import app
+from fourdh_batch.errors import ConfigError, SchemaError
+from fourdh_batch.evaluate.report import evaluate
+from fourdh_batch.models.smpl import SmplBody, load_body
+from fourdh_batch.storage import Store
+from fourdh_batch.tables.schema import make_table
+from fourdh_batch.tables.writer import SavedSpool, WorkSpool
+from tests.table_rows import publish, tracks_table, videos_table
+
+pytest.importorskip("trackeval")
+
+runner = CliRunner()
+FRAMES, PEOPLE = 8, 2
+
+
+def people(video_id: str, **changes: Any) -> Any:
+    """Rows of two people who stand apart for eight frames; the same in every call."""
+    table = tracks_table(video_id, FRAMES, people=PEOPLE)
+    rng = np.random.default_rng(5)
+    left = np.tile([100.0, 400.0], FRAMES) + np.repeat(np.arange(FRAMES), PEOPLE)
+    n = len(left)
+    box = np.stack((left, left * 0, left + 100, left * 0 + 200), axis=1).astype(np.float32)
+    keypoints = np.tile(rng.normal(size=(PEOPLE, 44, 3)), (FRAMES, 1, 1)).astype(np.float32)
+    same = np.eye(3, dtype=np.float32)
+    columns = {name: table[name] for name in table.column_names} | {
+        "bbox_xyxy_px": box,
+        "keypoints_3d_m": keypoints,
+        "keypoints_2d_px": box[:, None, :2] + 50 + keypoints[..., :2],
+        "global_orient": np.broadcast_to(same, (n, 1, 3, 3)),
+        "body_pose": np.broadcast_to(same, (n, 23, 3, 3)),
+        "betas": np.zeros((n, 10), np.float32),
+        "body_model": "open:?",
+    }
+    return make_table("tracks", columns | changes, num_rows=n)
+
+
+def detections_of(tracks: Any) -> Any:
+    n = tracks.num_rows
+    return make_table(
+        "detections",
+        {
+            **{name: tracks[name] for name in ("dataset", "video_id", "frame_index", "pts_s")},
+            "bbox_xyxy_px": tracks["bbox_xyxy_px"],
+            "detection_index": np.arange(n),
+            "score": np.full(n, 0.9, np.float32),
+            "mask_source": "box",
+            "detector": "given",
+            "model_fingerprint": "m",
+        },
+        num_rows=n,
+    )
+
+
+def write_root(
+    root: str, videos: Mapping[str, Any], *, statuses: Mapping[str, str] | None = None
+) -> str:
+    """An output root with these rows of `tracks`, and a detection for each."""
+    store = Store(root)
+    spool = WorkSpool(store, "s1", part_bytes=2**20)
+    for name, tracks in videos.items():
+        spool.begin(name)
+        if tracks is not None:
+            spool.append("tracks", tracks)
+            spool.append("detections", detections_of(tracks))
+        spool.append("videos", videos_table(name, status=(statuses or {}).get(name, "ok")))
+        ids = [] if tracks is None else tracks["track_id"].to_pylist()
+        spool.finish({"track_len": {str(track): ids.count(track) for track in set(ids)}})
+    spool.save()
+    publish(store, [SavedSpool(store, "s1", spool.name)])
+    return root
+
+
+def write_truth(path: Path, *tables: Any, drop: tuple[str, ...] = ()) -> str:
+    pq.write_table(pa.concat_tables(tables).drop_columns(list(drop)), path)
+    return str(path)
+
+
+def test_the_truth_itself_scores_perfectly(tmp_path: Path) -> None:
+    root = write_root(str(tmp_path / "with space"), {"a.mp4": people("a.mp4")})
+    truth = write_truth(tmp_path / "truth here.parquet", people("a.mp4", dataset="other"))
+    report = evaluate(root, truth)
+    pose = report.overall.pose
+    assert (pose.num_people, pose.matched, pose.mpjpe_mm, pose.fps) == (16, 1, 0, 25)
+    assert (pose.acceleration_mm_per_frame2, pose.pck) == (0, {"0.05": 1, "0.1": 1})
+    assert pose.pa_mpjpe_mm == pytest.approx(0, abs=1e-3)
+    for scores in report.overall.tracking.values():
+        assert (scores.hota, scores.mota, scores.idf1) == pytest.approx((1, 1, 1))
+    assert (report.overall.boxes.ap, report.boxes_of) == (1, "detections")
+    assert (report.missing, report.without_truth) == ([], [])
+
+
+def test_a_root_of_tables_is_a_truth_too(tmp_path: Path) -> None:
+    root = write_root(str(tmp_path / "a"), {"a.mp4": people("a.mp4")})
+    truth = write_root(str(tmp_path / "b"), {"a.mp4": people("a.mp4")})
+    assert evaluate(root, truth).overall.pose.mpjpe_mm == 0
+
+
+def test_errors_have_their_exact_size(tmp_path: Path) -> None:
+    true = people("a.mp4")
+    points = np.stack(true["keypoints_3d_m"].to_numpy()).reshape(-1, 44, 3)
+    pixels = np.stack(true["keypoints_2d_px"].to_numpy()).reshape(-1, 44, 2)
+    moved = points.copy()
+    moved[:, 25, 1] += 0.07  # one of fourteen
+    moved[2 * 4, 26, 0] += 0.014  # person 1 in frame 4
+    root = write_root(
+        str(tmp_path / "root"),
+        {
+            "a.mp4": people(
+                "a.mp4", keypoints_3d_m=moved, keypoints_2d_px=pixels + np.array([0, 15])
+            )
+        },
+    )
+    pose = evaluate(root, write_truth(tmp_path / "t.parquet", true)).overall.pose
+    assert pose.mpjpe_mm == pytest.approx(5 + 1 / 16, rel=1e-5)
+    # triples with frame 4: 1, 2 and 1 mm, of six triples of each of two people
+    assert pose.acceleration_mm_per_frame2 == pytest.approx(4 / 12, rel=1e-4)
+    assert pose.pck == {"0.05": 0, "0.1": 1}  # 15 of 200 px
+
+
+def test_a_missing_or_failed_video_is_all_misses_and_named(tmp_path: Path) -> None:
+    root = write_root(
+        str(tmp_path / "root"),
+        {"a.mp4": people("a.mp4"), "bad.mp4": None, "extra.mp4": None},
+        statuses={"bad.mp4": "failed"},
+    )
+    names = ("a.mp4", "bad.mp4", "gone.mp4", "none.mp4")
+    truth = write_truth(tmp_path / "t.parquet", *map(people, names))
+    report = evaluate(root, truth)
+    assert report.missing == ["bad.mp4", "gone.mp4", "none.mp4"]
+    assert report.without_truth == ["extra.mp4"]
+    strict = report.overall.tracking["iou50"]
+    assert (strict.misses, strict.mota) == (48, 0.25)
+    assert report.overall.tracking["phalp"].hota == pytest.approx(0.25)
+    assert (report.overall.pose.matched, report.overall.pose.num_people) == (0.25, 16)
+    assert report.overall.boxes.recall50 == 0.25
+
+
+def test_ghosts_count_neither_as_tracks_nor_as_bodies_but_are_scored_apart(tmp_path: Path) -> None:
+    state = np.where(np.arange(16) % 2 == 0, "detected", "predicted").tolist()
+    score = np.where(np.arange(16) % 2 == 0, 0.9, np.nan).astype(np.float32)
+    root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4", state=state, score=score)})
+    report = evaluate(root, write_truth(tmp_path / "t.parquet", people("a.mp4")))
+    assert (report.overall.pose.num_people, report.overall.pose.matched) == (8, 0.5)
+    assert report.overall.completed.num_people == 8
+    assert report.overall.completed.mpjpe_mm == 0
+    assert report.overall.tracking["iou50"].misses == 8
+
+
+def test_people_whom_nobody_can_see_need_not_be_found(tmp_path: Path) -> None:
+    hidden = np.where(np.arange(16) % 2 == 0, "detected", "predicted").tolist()
+    truth = write_truth(tmp_path / "t.parquet", people("a.mp4", state=hidden))
+    both = write_root(str(tmp_path / "both"), {"a.mp4": people("a.mp4")})
+    one = people("a.mp4").filter(pa.array(np.arange(16) % 2 == 0))
+    single = write_root(str(tmp_path / "single"), {"a.mp4": one})
+    for root in (both, single):
+        report = evaluate(root, truth)
+        strict = report.overall.tracking["iou50"]
+        assert (strict.mota, strict.false_positives, strict.misses) == (1, 0, 0)
+        assert (report.overall.pose.matched, report.overall.boxes.ap) == (1, 1)
+
+
+@pytest.fixture(scope="module")
+def body() -> SmplBody:
+    return load_body()
+
+
+def test_pve_needs_the_body_that_both_were_made_with(tmp_path: Path, body: SmplBody) -> None:
+    name = f"open:{body.digest[:16]}"
+    turned = np.broadcast_to(np.diag([-1, 1, -1]).astype(np.float32), (16, 1, 3, 3))
+    true = people("a.mp4", body_model=name)
+    truth = write_truth(tmp_path / "t.parquet", true)
+    same = write_root(str(tmp_path / "same"), {"a.mp4": true})
+    assert evaluate(same, truth, body=body).overall.pose.pve_mm == 0
+    other = people("a.mp4", body_model=name, global_orient=turned)
+    away = write_root(str(tmp_path / "away"), {"a.mp4": other})
+    found = evaluate(away, truth, body=body).overall.pose.pve_mm
+    assert found is not None
+    assert 100 < found < 1000
+    strange = write_root(str(tmp_path / "strange"), {"a.mp4": people("a.mp4")})
+    report = evaluate(strange, truth, body=body)
+    assert report.overall.pose.pve_mm is None
+    assert any("PVE: not scored" in note and "open:?" in note for note in report.notes)
+    assert evaluate(same, truth).overall.pose.pve_mm is None
+
+
+def test_a_truth_of_boxes_scores_boxes_and_tracks(tmp_path: Path) -> None:
+    root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4")})
+    table = people("a.mp4").select(["video_id", "frame_index", "track_id", "bbox_xyxy_px"])
+    report = evaluate(root, write_truth(tmp_path / "t.parquet", table))
+    assert report.overall.tracking["iou50"].mota == 1
+    assert (report.overall.pose.num_people, report.overall.pose.mpjpe_mm) == (16, None)
+    assert any(note.startswith("bodies: not scored") for note in report.notes)
+
+
+def test_mistakes_are_said_clearly(tmp_path: Path) -> None:
+    root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4")})
+    true = people("a.mp4")
+    with pytest.raises(ConfigError, match=r"no common video: .* has a.mp4 done, .* has b.mp4"):
+        evaluate(root, write_truth(tmp_path / "b.parquet", people("b.mp4")))
+    with pytest.raises(SchemaError, match="missing track_id"):
+        evaluate(root, write_truth(tmp_path / "c.parquet", true, drop=("track_id",)))
+    with pytest.raises(ConfigError, match="rows of true people, got none"):
+        evaluate(root, write_truth(tmp_path / "d.parquet", true.slice(0, 0)))
+    (tmp_path / "e.parquet").write_text("no parquet")
+    with pytest.raises(SchemaError, match=r"e\.parquet: expected Parquet"):
+        evaluate(root, str(tmp_path / "e.parquet"))
+    with pytest.raises(FileNotFoundError):
+        evaluate(str(tmp_path / "nowhere"), write_truth(tmp_path / "f.parquet", true))
+
+
+def test_addresses_go_through_the_storage_door(tmp_path: Path) -> None:
+    root = write_root("memory://evaluate/root", {"a.mp4": people("a.mp4")})
+    Store("memory://evaluate").put_file(
+        Path(write_truth(tmp_path / "t.parquet", people("a.mp4"))), "t.parquet"
+    )
+    result = runner.invoke(
+        app,
+        ["evaluate", root, "memory://evaluate/t.parquet", "--to", "memory://evaluate/out.json"],
+    )
+    assert result.exit_code == 0, result.output
+    written = json.loads(Store("memory://evaluate").read_bytes("out.json"))
+    assert written["overall"]["tracking"]["iou50"]["mota"] == 1
+
+
+def test_the_command_prints_and_writes_the_same_numbers(tmp_path: Path) -> None:
+    root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4")})
+    truth = write_truth(tmp_path / "t.parquet", people("a.mp4"), people("gone.mp4"))
+    result = runner.invoke(app, ["evaluate", root, truth, "--json"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["missing"] == ["gone.mp4"]
+    assert said["overall"]["tracking"].keys() == {"phalp", "iou50"}
+    assert said["per_video"][1]["pose"]["mpjpe_mm"] is None
+    for name in ("out.json", "out.parquet"):
+        words = ["evaluate", root, truth, "--to", str(tmp_path / name), "--gate", "iou50"]
+        result = runner.invoke(app, words)
+        assert result.exit_code == 0, result.output
+        assert "missing: gone.mp4" in result.output
+        assert "MOTA 0.500" in " ".join(result.output.split())
+    assert json.loads((tmp_path / "out.json").read_text())["overall"]["tracking"].keys() == {
+        "iou50"
+    }
+    rows = pq.read_table(tmp_path / "out.parquet").to_pandas()
+    assert rows["video_id"].tolist() == ["a.mp4", "gone.mp4"]
+    assert rows["tracking.iou50.mota"].tolist() == [1, 0]
+    assert math.isnan(rows["pose.mpjpe_mm"][1])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--gate", "mot"], "phalp or iou50"), (["--to", "out.txt"], "ends in .json or .parquet")],
+)
+def test_wrong_options_of_the_command_are_usage(words: list[str], said: str) -> None:
+    result = runner.invoke(app, ["evaluate", "x", "y.parquet", *words])
+    assert result.exit_code == 2
+    assert said in result.output
