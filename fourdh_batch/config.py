@@ -263,6 +263,40 @@ class PosesConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """The user's copies of the published benchmarks, for `jobs/evaluate.py` alone.
+
+    What is empty is not evaluated; docs/EVALUATION.md has the layouts.
+
+    Attributes:
+        metadata: folder of the published `hmr2_evaluation_data`, one `.npz` per data set.
+        images_3dpw, images_h36m, images_lsp, images_coco, images_posetrack: the folder that the
+            image names in the data set's `.npz` start from.
+        emdb: folder of EMDB, with P0 to P9.
+        smpl_female, smpl_male: SMPL files, for the truth of EMDB.
+        posetrack_annotations: folder of PoseTrack's json files, or one of them.
+        posetrack_tables: output root of a run over the videos of these annotations.
+        ava_truth, ava_found, ava_excluded: csv files of AVA: labels, scored predictions of
+            actions, and the seconds to leave out.
+    """
+
+    metadata: str = ""
+    images_3dpw: str = ""
+    images_h36m: str = ""
+    images_lsp: str = ""
+    images_coco: str = ""
+    images_posetrack: str = ""
+    emdb: str = ""
+    smpl_female: str = ""
+    smpl_male: str = ""
+    posetrack_annotations: str = ""
+    posetrack_tables: str = ""
+    ava_truth: str = ""
+    ava_found: str = ""
+    ava_excluded: str = ""
+
+
+@dataclass
 class JobConfig:
     """A whole job.
 
@@ -283,6 +317,7 @@ class JobConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     poses: PosesConfig = field(default_factory=PosesConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 

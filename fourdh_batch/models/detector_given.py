@@ -605,7 +605,7 @@ def parse_posetrack(data: bytes, uri: str) -> ParsedFile:
     try:
         content = json.loads(data)
         images, annotations = content["images"], content["annotations"]
-        places = {image["id"]: _posetrack_place(image) for image in images}
+        places = {image["id"]: posetrack_place(image) for image in images}
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{uri}: expected json with images (id, file_name) and annotations, got {error!r}"
@@ -644,7 +644,7 @@ def parse_posetrack(data: bytes, uri: str) -> ParsedFile:
     )
 
 
-def _posetrack_place(image: dict[str, Any]) -> tuple[str, int]:
+def posetrack_place(image: dict[str, Any]) -> tuple[str, int]:
     """Video and 0-based frame of an entry of `images`."""
     name = PurePosixPath(image.get("file_name", ""))
     video = name.parent.name or str(image.get("vid_id", ""))

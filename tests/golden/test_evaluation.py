@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fourdh_batch.evaluate.actions import action_scores
+from fourdh_batch.evaluate.datasets import ActionBoxes
 from fourdh_batch.evaluate.detection import FrameBoxes, average_precision
 from fourdh_batch.evaluate.matching import Boxes
 from fourdh_batch.evaluate.pose import (
@@ -120,3 +122,24 @@ def test_average_precision_equals_that_of_cocoapi() -> None:
     assert (result.ap50, result.ap75) == pytest.approx((ap[0], ap[5]), abs=1e-12)
     assert result.recall50 == pytest.approx(file["recall_per_iou"][0], abs=1e-12)
     assert result.num_truth_boxes == len(truth)
+
+
+def test_the_average_precision_of_actions_equals_the_official_one() -> None:
+    file = np.load(FOLDER / "actions.npz")
+
+    def rows(side: str, score: Any) -> ActionBoxes:
+        video, second = file["videos"][file[f"{side}_video"]], file[f"{side}_second"]
+        frame = [f"{v},{s:04d}" for v, s in zip(video, second, strict=True)]
+        action = file[f"{side}_action"].astype(np.int64)
+        box = file[f"{side}_box_milli"] / 1000
+        return ActionBoxes(np.array(frame), box, action, score)
+
+    found = rows("found", file["found_score_tenth_milli"] / 10_000)
+    truth = rows("truth", np.ones(len(file["truth_action"])))
+    left_out = zip(file["videos"][file["excluded_video"]], file["excluded_second"], strict=True)
+    scores = action_scores(truth, found, {f"{v},{s:04d}" for v, s in left_out})
+    expected = dict(zip(file["action_id"].tolist(), file["ap"].tolist(), strict=True))
+    # written with nine digits
+    assert {action: scores.ap[action] for action in expected} == pytest.approx(expected, abs=1e-8)
+    assert scores.mean_ap == pytest.approx(float(file["mean_ap"]), abs=1e-8)
+    assert action_scores(truth, found).mean_ap != pytest.approx(scores.mean_ap, abs=1e-4)
