@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import pyarrow.parquet as pq
 import typer
@@ -45,6 +45,9 @@ from fourdh_batch.tables.reader import read_table, read_tracks
 from fourdh_batch.tables.release import ReleaseProgress, release_root
 from fourdh_batch.tables.verify import VerifyProgress, VerifyReport, verify_root
 from fourdh_batch.video.decode import VideoReader
+
+if TYPE_CHECKING:  # imports torch
+    from fourdh_batch.evaluate.benchmarks import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -443,7 +446,10 @@ def doctor() -> dict[str, Any]:
         "fourdh_batch": __version__,
         "python": platform.python_version(),
     }
-    for name in ("torch", "ray", "av", "decord", "smplx", "onnxruntime", "transformers", "s3fs"):
+    for name in (
+        *("torch", "ray", "av", "decord", "smplx", "onnxruntime", "transformers", "s3fs"),
+        "trackeval",
+    ):
         try:
             facts[name] = version(name)
         except PackageNotFoundError:
@@ -526,6 +532,75 @@ def job_main(
         return DONE
     words, as_json = [word for word in words if word != "--json"], "--json" in words
     return run_job(yaml, words, as_json=as_json, show_changes=show_changes, run=run)
+
+
+def benchmarks_main(yaml: Path, words: Sequence[str], *, description: str) -> int:
+    """What `jobs/evaluate.py` does with its command line; returns the exit code.
+
+    Args:
+        yaml: the job's own defaults.
+        words: the command line.
+        description: what `--help` says before the settings.
+    """
+    if "-h" in words or "--help" in words:
+        typer.echo(f"{description.strip()}\n\nSettings; defaults may differ in {yaml.name}:\n")
+        typer.echo(describe_settings())
+        return DONE
+    words, as_json = [word for word in words if word != "--json"], "--json" in words
+
+    def call() -> int:
+        from fourdh_batch.evaluate.benchmarks import evaluate_benchmarks
+        from fourdh_batch.models.smpl import load_body
+        from fourdh_batch.pipeline.engine import build_model
+
+        config = load_config(yaml, words)
+        logs.set_up(config.log.format)
+        models: list[Any] = []
+
+        def load_model() -> Any:
+            models.append(build_model(config))
+            return models[0]
+
+        with _steps("evaluating") as on_step:
+            figures = evaluate_benchmarks(
+                config.evaluate,
+                load_model=load_model,
+                load_body=lambda path: load_body(
+                    path, extra_regressor=config.hmr.extra_regressor or None
+                ),
+                batch_size=config.hmr.batch_size,
+                on_step=on_step,
+            )
+        used = [
+            f"HMR 2.0: size {model.size_name}, {model.weights_origin} weights of digest "
+            f"{model.weights_digest[:16]}, {model.active_precision}, body {model.body.name}"
+            for model in models
+        ]
+        if as_json:
+            typer.echo(json.dumps({"model": used, "figures": [asdict(one) for one in figures]}))
+        else:
+            _print_figures(figures)
+            for line in used:
+                typer.echo(line)
+        return DONE
+
+    return _guarded(call)
+
+
+def _print_figures(figures: Sequence[Figure]) -> None:
+    console = Console()
+    for section in dict.fromkeys(figure.section for figure in figures):
+        table = Table("data", "measure", "ours", "paper", "", title=section)
+        for figure in figures:
+            if figure.section != section:
+                continue
+            digits = 2 if figure.measure.startswith("PCK") else 1
+            table.add_row(
+                *(figure.dataset, figure.measure, _number(figure.ours, digits)),
+                ", ".join(f"{value:g} ({name})" for name, value in figure.paper.items()),
+                figure.note,
+            )
+        console.print(table)
 
 
 def main() -> None:
@@ -729,8 +804,10 @@ def _print_scores(report: Report) -> None:
     num_missing = len(report.missing)
     table = Table(show_header=False, title=f"{report.predictions} against {report.truth}")
     table.add_row("videos", f"{len(report.per_video)}, of them {num_missing} missing")
-    for title, pose in (("bodies", overall.pose), ("completed bodies", overall.completed)):
-        table.add_row(title, _pose_line(pose), end_section=pose is overall.completed)
+    table.add_row("bodies", _pose_line(overall.pose))
+    if overall.completed.num_people:
+        table.add_row("completed bodies", _pose_line(overall.completed))
+    table.add_section()
     for name, scores in overall.tracking.items():
         table.add_row(
             f"tracks, {name}",

@@ -57,57 +57,64 @@ class AveragePrecision:
     num_truth_boxes: int
 
 
-def average_precision(frames: Iterable[FrameBoxes]) -> AveragePrecision:
-    """Average precision over all frames together.
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameMatches:
+    """One frame after matching, at the ten IoU thresholds.
 
-    Args:
-        frames: every frame that was searched, also those where nobody is or nothing was found.
+    Attributes:
+        score: (B,) of the boxes that count at most, best first.
+        is_hit: (10, B) the box has a true box to itself.
+        counts: (10, B) False where that is an ignored one.
+        num_truth: true boxes that have to be found.
     """
-    scores: list[F64] = [np.zeros(0)]
-    hits: list[Bool] = [np.zeros((len(IOU_THRESHOLDS), 0), np.bool_)]
-    counts: list[Bool] = [np.zeros((len(IOU_THRESHOLDS), 0), np.bool_)]
-    num_truth = 0
-    for frame in frames:
-        order = np.argsort(-frame.score, kind="stable")[:MAX_BOXES]
-        hit, is_ignored = _match(frame, order)
-        scores.append(frame.score[order])
-        hits.append(hit)
-        counts.append(~is_ignored)
-        num_truth += int((~frame.ignored).sum())
-    if num_truth == 0:
-        return AveragePrecision(np.nan, np.nan, np.nan, np.nan, 0)
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    hit = np.concatenate(hits, axis=1)[:, order]
-    counted = np.concatenate(counts, axis=1)[:, order]
-    true = np.cumsum(hit & counted, axis=1)
-    false = np.cumsum(~hit & counted, axis=1)
-    ap = np.array([_area(t, f, num_truth) for t, f in zip(true, false, strict=True)])
-    recall50 = float(true[0, -1]) / num_truth if true.shape[1] else 0.0
-    return AveragePrecision(float(ap.mean()), float(ap[0]), float(ap[5]), recall50, num_truth)
+
+    score: F64
+    is_hit: Bool
+    counts: Bool
+    num_truth: int
 
 
-def _match(frame: FrameBoxes, order: I64) -> tuple[Bool, Bool]:
-    """Per threshold and box, best score first: whether it has a true box, and an ignored one."""
-    num_thresholds = len(IOU_THRESHOLDS)
-    hit = np.zeros((num_thresholds, len(order)), dtype=np.bool_)
-    is_ignored = np.zeros_like(hit)
-    if len(order) == 0 or len(frame.truth_xyxy) == 0:
-        return hit, is_ignored
+def match_frame(frame: FrameBoxes) -> FrameMatches:
+    """Give found boxes, best score first, the free true box that they overlap most."""
+    order = np.argsort(-frame.score, kind="stable")[:MAX_BOXES]
+    hit = np.zeros((len(IOU_THRESHOLDS), len(order)), dtype=np.bool_)
+    counts = np.ones_like(hit)
     iou = box_iou(frame.found_xyxy[order], frame.truth_xyxy)
     for t, threshold in enumerate(IOU_THRESHOLDS):
         free = np.ones(len(frame.truth_xyxy), dtype=np.bool_)
-        for i, overlaps in enumerate(iou):
-            fits = free & (overlaps >= threshold - 1e-10)
+        fits_any = iou >= threshold - 1e-10
+        for i in np.flatnonzero(fits_any.any(axis=1)).tolist():
+            fits = free & fits_any[i]
             wanted = fits & ~frame.ignored
             choice = wanted if wanted.any() else fits
             if not choice.any():
                 continue
             # Of equals the last one, as in cocoapi.
-            best = len(overlaps) - 1 - int(np.argmax(np.where(choice, overlaps, -1)[::-1]))
+            best = len(choice) - 1 - int(np.argmax(np.where(choice, iou[i], -1)[::-1]))
             free[best] = False
             hit[t, i] = True
-            is_ignored[t, i] = frame.ignored[best]
-    return hit, is_ignored
+            counts[t, i] = not frame.ignored[best]
+    return FrameMatches(frame.score[order], hit, counts, int((~frame.ignored).sum()))
+
+
+def average_precision(frames: Iterable[FrameMatches]) -> AveragePrecision:
+    """Average precision over all frames together.
+
+    Args:
+        frames: every frame that was searched, also those where nobody is or nothing was found.
+    """
+    matched = list(frames)
+    num_truth = sum(frame.num_truth for frame in matched)
+    if num_truth == 0:
+        return AveragePrecision(np.nan, np.nan, np.nan, np.nan, 0)
+    order = np.argsort(-np.concatenate([frame.score for frame in matched]), kind="stable")
+    hit = np.concatenate([frame.is_hit for frame in matched], axis=1)[:, order]
+    counts = np.concatenate([frame.counts for frame in matched], axis=1)[:, order]
+    true = np.cumsum(hit & counts, axis=1)
+    false = np.cumsum(~hit & counts, axis=1)
+    ap = np.array([_area(t, f, num_truth) for t, f in zip(true, false, strict=True)])
+    recall50 = float(true[0, -1]) / num_truth if true.shape[1] else 0.0
+    return AveragePrecision(float(ap.mean()), float(ap[0]), float(ap[5]), recall50, num_truth)
 
 
 def _area(true: I64, false: I64, num_truth: int) -> float:

@@ -20,7 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fourdh_batch.errors import ConfigError, SchemaError
-from fourdh_batch.evaluate.detection import AveragePrecision, FrameBoxes, average_precision
+from fourdh_batch.evaluate.detection import (
+    AveragePrecision,
+    FrameBoxes,
+    FrameMatches,
+    average_precision,
+    match_frame,
+)
 from fourdh_batch.evaluate.matching import Boxes, by_frame, drop_hidden, match_boxes
 from fourdh_batch.evaluate.pose import (
     EVALUATION_KEYPOINTS,
@@ -373,7 +379,7 @@ class _Samples:
     pose: _PoseSamples
     completed: _PoseSamples
     tracks: tuple[Boxes, Boxes]
-    frames: list[FrameBoxes]
+    frames: list[FrameMatches]
 
     def scores(self, tracking: dict[str, TrackingScores]) -> Scores:
         return Scores(
@@ -500,17 +506,19 @@ def _posed(body: SmplBody, arrays: Mapping[str, F32]) -> tuple[F32, F32]:
     return posed.vertices.numpy(), pelvis.numpy()
 
 
-def _frames(truth: _People, box_rows: Any) -> list[FrameBoxes]:
+def _frames(truth: _People, box_rows: Any) -> list[FrameMatches]:
     """What average precision is made of."""
     frame_index = box_rows["frame_index"].to_numpy().astype(np.int64)
     found = smpl_arrays(box_rows)["bbox_xyxy_px"].astype(np.float64)
     score = box_rows["score"].to_numpy().astype(np.float64)
     return [
-        FrameBoxes(
-            truth_xyxy=truth.boxes.bbox_xyxy_px[there],
-            ignored=~truth.is_seen[there],
-            found_xyxy=found[rows],
-            score=score[rows],
+        match_frame(
+            FrameBoxes(
+                truth_xyxy=truth.boxes.bbox_xyxy_px[there],
+                ignored=~truth.is_seen[there],
+                found_xyxy=found[rows],
+                score=score[rows],
+            )
         )
         for there, rows in by_frame(truth.boxes.frame_index, frame_index)
     ]

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from hashlib import blake2b
 from itertools import compress
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -20,6 +21,7 @@ from fourdh_batch.errors import CheckpointError, ConfigError
 from fourdh_batch.models.appearance import AppearanceProjection
 from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, untrained_hmr2, weights_origin
 from fourdh_batch.models.detector import DETECTORS, Detector, build_detector, drop_reasons
+from fourdh_batch.models.hmr2 import Hmr2
 from fourdh_batch.models.smpl import NUM_FACES, SmplBody, load_body
 from fourdh_batch.models.texture import Atlas, TextureSampler, body_atlas, load_atlas
 from fourdh_batch.pipeline.following import checked_predictor_digest, load_encoder
@@ -102,23 +104,21 @@ class Engine:
         ]
 
 
-def build_engine(config: JobConfig) -> Engine:
-    """Load every model that the settings name.
+def build_model(config: JobConfig) -> Hmr2:
+    """HMR 2.0 with its body, on the device that the settings name.
 
     Raises:
         ConfigError, CheckpointError: a name is unknown, a file is missing or does not fit.
     """
     require(config, "hmr.weights")
     hmr = config.hmr
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if hmr.device == "auto" else hmr.device
-    )
+    device = _device(config)
     if device.type == "cpu":
         torch.set_num_threads(hmr.cpu_threads)
     body = _load_body(config)
     if hmr.weights == UNTRAINED:
         logger.warning("weights: untrained. The bodies in the output mean nothing.")
-        model = untrained_hmr2(hmr.size or UNTRAINED_SIZE, body)
+        model = untrained_hmr2(hmr.size or UNTRAINED_SIZE, body, device=device)
     else:
         model = load_hmr2(
             hmr.weights, body, device=device, precision=hmr.precision, size=hmr.size or None
@@ -128,6 +128,23 @@ def build_engine(config: JobConfig) -> Engine:
             "body: open. Poses of HMR weights fit it, shapes do not: betas mean SMPL's shape "
             "space. Give hmr.body=SMPL_NEUTRAL.pkl hmr.extra_regressor=SMPL_to_J19.pkl"
         )
+    return model
+
+
+def _device(config: JobConfig) -> torch.device:
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if config.hmr.device == "auto" else config.hmr.device)
+
+
+def build_engine(config: JobConfig) -> Engine:
+    """Load every model that the settings name.
+
+    Raises:
+        ConfigError, CheckpointError: a name is unknown, a file is missing or does not fit.
+    """
+    hmr = config.hmr
+    model, device = build_model(config), _device(config)
+    body = cast(SmplBody, model.body)
     detector = build_detector(
         config.detector.name,
         path=config.detector.path or None,

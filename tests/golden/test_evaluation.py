@@ -9,7 +9,7 @@ import pytest
 
 from fourdh_batch.evaluate.actions import action_scores
 from fourdh_batch.evaluate.datasets import ActionBoxes
-from fourdh_batch.evaluate.detection import FrameBoxes, average_precision
+from fourdh_batch.evaluate.detection import FrameBoxes, average_precision, match_frame
 from fourdh_batch.evaluate.matching import Boxes
 from fourdh_batch.evaluate.pose import (
     EVALUATION_KEYPOINTS,
@@ -109,11 +109,13 @@ def test_average_precision_equals_that_of_cocoapi() -> None:
     file = np.load(FOLDER / "detection.npz")
     truth, found = file["truth_xywh"], file["found_xywh"]
     result = average_precision(
-        FrameBoxes(
-            truth_xyxy=xywh_to_xyxy(truth[truth[:, 0] == frame, 1:]),
-            ignored=np.zeros(int((truth[:, 0] == frame).sum()), np.bool_),
-            found_xyxy=xywh_to_xyxy(found[found[:, 0] == frame, 1:5]),
-            score=found[found[:, 0] == frame, 5],
+        match_frame(
+            FrameBoxes(
+                truth_xyxy=xywh_to_xyxy(truth[truth[:, 0] == frame, 1:]),
+                ignored=np.zeros(int((truth[:, 0] == frame).sum()), np.bool_),
+                found_xyxy=xywh_to_xyxy(found[found[:, 0] == frame, 1:5]),
+                score=found[found[:, 0] == frame, 5],
+            )
         )
         for frame in range(int(file["num_frames"]))
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from fourdh_batch.evaluate.datasets import (
 )
 from fourdh_batch.geometry import axis_angle_to_rotmat
 from fourdh_batch.storage import Store
+from tests.evaluation_files import POSETRACK, emdb, write_emdb
 
 N = 3
 RNG = np.random.default_rng(0)
@@ -124,19 +124,6 @@ def test_what_is_no_npz_is_said_clearly(tmp_path: Path) -> None:
 
 # --- PoseTrack ---------------------------------------------------------------------------------
 
-POSETRACK = {
-    "images": [
-        {"id": 10000, "file_name": "images/val/000342_mpii_test/000000.jpg", "frame_id": 10000},
-        {"id": 10004, "file_name": "images/val/000342_mpii_test/000004.jpg", "frame_id": 10004},
-    ],
-    "annotations": [
-        {"image_id": 10000, "track_id": 7, "bbox": [1, 2, 30, 40], "keypoints": [0] * 51},
-        {"image_id": 10004, "track_id": 7, "bbox": [5, 2, 30, 40], "keypoints": [0] * 51},
-        {"image_id": 10004, "track_id": 8, "keypoints": [0] * 51},
-    ],
-    "categories": [{"id": 1, "name": "person"}],
-}
-
 
 def test_posetrack_gives_boxes_and_identities_by_video(tmp_path: Path) -> None:
     (tmp_path / "000342_mpii_test.json").write_text(json.dumps(POSETRACK))
@@ -161,41 +148,6 @@ def test_a_posetrack_of_another_layout_is_said_clearly(tmp_path: Path) -> None:
 
 
 # --- EMDB --------------------------------------------------------------------------------------
-
-
-def emdb(num: int = 4, **changes: Any) -> dict[str, Any]:
-    extrinsics = np.tile(np.eye(4), (num, 1, 1))
-    extrinsics[:, :3, :3] = axis_angle_to_rotmat(np.array([0.0, np.pi / 2, 0]))
-    box = np.tile(np.array([10.0, 20, 60, 120]), (num, 1))
-    box[2, 2] = 5  # no extent
-    return {
-        "gender": "female",
-        "name": "P1_14_outdoor_climb",
-        "emdb1": True,
-        "emdb2": False,
-        "n_frames": num,
-        "good_frames_mask": np.array([True, False, True, True]),
-        "camera": {
-            "intrinsics": np.eye(3),
-            "extrinsics": extrinsics,
-            "width": 1440,
-            "height": 1920,
-        },
-        "smpl": {
-            "poses_root": np.zeros((num, 3)),
-            "poses_body": np.zeros((num, 69)),
-            "trans": np.zeros((num, 3)),
-            "betas": np.arange(10.0),
-        },
-        "kp2d": np.zeros((num, 24, 2)),
-        "bboxes": {"bboxes": box, "invalid_idxs": np.array([1])},
-    } | changes
-
-
-def write_emdb(root: Path, content: Any) -> None:
-    folder = root / "P1" / "14_outdoor_climb"
-    folder.mkdir(parents=True)
-    (folder / "P1_14_outdoor_climb_data.pkl").write_bytes(pickle.dumps(content))
 
 
 def test_emdb_comes_in_camera_axes_with_its_good_frames(tmp_path: Path) -> None:

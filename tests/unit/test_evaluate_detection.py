@@ -6,23 +6,25 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fourdh_batch.evaluate.detection import FrameBoxes, average_precision
+from fourdh_batch.evaluate.detection import FrameBoxes, FrameMatches, average_precision, match_frame
 
 
 def frame(
     truth: Sequence[float], found: Sequence[tuple[float, float]], ignored: Sequence[int] = ()
-) -> FrameBoxes:
+) -> FrameMatches:
     """Boxes of 100 x 100 px by their left sides; found ones with a score."""
 
     def square(left: Sequence[float]) -> np.ndarray:
         x = np.array(left, dtype=np.float64)
         return np.stack((x, 0 * x, x + 100, 0 * x + 100), axis=1)
 
-    return FrameBoxes(
-        truth_xyxy=square(truth),
-        ignored=np.isin(np.arange(len(truth)), ignored),
-        found_xyxy=square([left for left, _ in found]),
-        score=np.array([score for _, score in found], dtype=np.float64),
+    return match_frame(
+        FrameBoxes(
+            truth_xyxy=square(truth),
+            ignored=np.isin(np.arange(len(truth)), ignored),
+            found_xyxy=square([left for left, _ in found]),
+            score=np.array([score for _, score in found], dtype=np.float64),
+        )
     )
 
 

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,76 +15,11 @@ from fourdh_batch.errors import ConfigError, SchemaError
 from fourdh_batch.evaluate.report import evaluate
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.storage import Store
-from fourdh_batch.tables.schema import make_table
-from fourdh_batch.tables.writer import SavedSpool, WorkSpool
-from tests.table_rows import publish, tracks_table, videos_table
+from tests.evaluation_files import people, write_root, write_truth
 
 pytest.importorskip("trackeval")
 
 runner = CliRunner()
-FRAMES, PEOPLE = 8, 2
-
-
-def people(video_id: str, **changes: Any) -> Any:
-    """Rows of two people who stand apart for eight frames; the same in every call."""
-    table = tracks_table(video_id, FRAMES, people=PEOPLE)
-    rng = np.random.default_rng(5)
-    left = np.tile([100.0, 400.0], FRAMES) + np.repeat(np.arange(FRAMES), PEOPLE)
-    n = len(left)
-    box = np.stack((left, left * 0, left + 100, left * 0 + 200), axis=1).astype(np.float32)
-    keypoints = np.tile(rng.normal(size=(PEOPLE, 44, 3)), (FRAMES, 1, 1)).astype(np.float32)
-    same = np.eye(3, dtype=np.float32)
-    columns = {name: table[name] for name in table.column_names} | {
-        "bbox_xyxy_px": box,
-        "keypoints_3d_m": keypoints,
-        "keypoints_2d_px": box[:, None, :2] + 50 + keypoints[..., :2],
-        "global_orient": np.broadcast_to(same, (n, 1, 3, 3)),
-        "body_pose": np.broadcast_to(same, (n, 23, 3, 3)),
-        "betas": np.zeros((n, 10), np.float32),
-        "body_model": "open:?",
-    }
-    return make_table("tracks", columns | changes, num_rows=n)
-
-
-def detections_of(tracks: Any) -> Any:
-    n = tracks.num_rows
-    return make_table(
-        "detections",
-        {
-            **{name: tracks[name] for name in ("dataset", "video_id", "frame_index", "pts_s")},
-            "bbox_xyxy_px": tracks["bbox_xyxy_px"],
-            "detection_index": np.arange(n),
-            "score": np.full(n, 0.9, np.float32),
-            "mask_source": "box",
-            "detector": "given",
-            "model_fingerprint": "m",
-        },
-        num_rows=n,
-    )
-
-
-def write_root(
-    root: str, videos: Mapping[str, Any], *, statuses: Mapping[str, str] | None = None
-) -> str:
-    """An output root with these rows of `tracks`, and a detection for each."""
-    store = Store(root)
-    spool = WorkSpool(store, "s1", part_bytes=2**20)
-    for name, tracks in videos.items():
-        spool.begin(name)
-        if tracks is not None:
-            spool.append("tracks", tracks)
-            spool.append("detections", detections_of(tracks))
-        spool.append("videos", videos_table(name, status=(statuses or {}).get(name, "ok")))
-        ids = [] if tracks is None else tracks["track_id"].to_pylist()
-        spool.finish({"track_len": {str(track): ids.count(track) for track in set(ids)}})
-    spool.save()
-    publish(store, [SavedSpool(store, "s1", spool.name)])
-    return root
-
-
-def write_truth(path: Path, *tables: Any, drop: tuple[str, ...] = ()) -> str:
-    pq.write_table(pa.concat_tables(tables).drop_columns(list(drop)), path)
-    return str(path)
 
 
 def test_the_truth_itself_scores_perfectly(tmp_path: Path) -> None:
@@ -147,6 +80,14 @@ def test_a_missing_or_failed_video_is_all_misses_and_named(tmp_path: Path) -> No
     assert report.overall.tracking["phalp"].hota == pytest.approx(0.25)
     assert (report.overall.pose.matched, report.overall.pose.num_people) == (0.25, 16)
     assert report.overall.boxes.recall50 == 0.25
+
+
+def test_a_run_that_found_nobody_is_a_result(tmp_path: Path) -> None:
+    root = write_root(str(tmp_path / "root"), {"a.mp4": None})
+    report = evaluate(root, write_truth(tmp_path / "t.parquet", people("a.mp4")))
+    assert (report.status, report.overall.pose.matched) == ({"a.mp4": "ok"}, 0)
+    assert report.overall.tracking["iou50"].misses == 16
+    assert (report.overall.boxes.ap, report.overall.pose.mpjpe_mm) == (0, None)
 
 
 def test_ghosts_count_neither_as_tracks_nor_as_bodies_but_are_scored_apart(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "fourdh_batch"
 LEVELS: list[set[str]] = [
     {"types", "errors"},
     {"geometry", "storage", "rasterizer", "masks"},
-    {"config", "logs", "video", "models", "tracking", "tables", "view", "synthetic"},
-    {"pipeline", "evaluate"},
+    {"config", "logs", "video", "models", "tracking", "tables", "view"},
+    {"synthetic", "evaluate"},
+    {"pipeline"},
     {"cluster"},
     {"cli"},
     {"__main__", "__init__"},
@@ -27,7 +28,10 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 DOORS: dict[str, set[str]] = {
     "av": {"video.scan", "video.decode", "view.overlay", "synthetic.corpus"},
     "decord": {"video.decode"},
-    "cv2": {"video.shots", "models.detector", "models.detector_onnx", "view.overlay"},
+    "cv2": {
+        *("video.shots", "models.detector", "models.detector_onnx", "view.overlay"),
+        "evaluate.benchmarks",
+    },
     "ray": {
         *("cluster.decoding", "cluster.metrics", "cluster.model_actor", "cluster.run"),
         "cluster.tracker_actor",
