@@ -78,6 +78,8 @@ def load_people(uri: str) -> PeopleSet:
         if scale.size not in (n, 2 * n):
             raise ConfigError(f"{npz.name}: scale: expected ({n},) or ({n}, 2), got {scale.shape}")
         size = np.broadcast_to(scale.reshape(n, -1), (n, 2)).astype(np.float32)
+        if not np.isfinite(center).all():
+            raise ConfigError(f"{npz.name}: center: expected finite numbers, got NaN or infinity")
         if n and not (np.isfinite(size).all() and (size > 0).all()):
             raise ConfigError(f"{npz.name}: scale: expected more than 0 px, got {size.min()}")
         return PeopleSet(

@@ -55,7 +55,7 @@ BODIES_AT_ONCE = 64  # posed together
 NAMED_VIDEOS = 5  # in messages
 
 BOX_COLUMNS = ("video_id", "frame_index", "track_id", "bbox_xyxy_px")
-STATE_COLUMNS = ("state",)
+STATE_COLUMNS = ("state", "shot_id")
 POSE_COLUMNS = ("keypoints_3d_m", "keypoints_2d_px")
 BODY_COLUMNS = ("global_orient", "body_pose", "betas", "body_model")
 
@@ -153,7 +153,13 @@ class Report:
     def to_table(self) -> Any:
         """One row per video as a `pyarrow.Table`; columns such as `tracking.iou50.hota`."""
         rows = [_flat(row) for row in self.to_dict()["per_video"]]
-        return pa.table({name: [row[name] for row in rows] for name in rows[0]})
+        columns = {name: pa.array([row[name] for row in rows]) for name in rows[0]}
+        return pa.table(
+            {
+                name: column.cast(pa.float64()) if pa.types.is_null(column.type) else column
+                for name, column in columns.items()
+            }
+        )
 
 
 def evaluate(
@@ -192,17 +198,17 @@ def evaluate(
             f"{redact_uri(truth)} has {_some(wanted)}"
         )
     boxes_of = _boxes_of(predictions, dataset)
+    columns = _columns_like(true_rows)
+    truth_of = _by_video(true_rows, wanted)
     samples: dict[str, _Samples] = {}
     num_done = 0
     for start in range(0, len(wanted), VIDEOS_AT_ONCE):
         names = wanted[start : start + VIDEOS_AT_ONCE]
-        rows_of = _by_video(true_rows, names)
         found = [name for name in names if name in done]
-        columns = _columns_like(true_rows)
         tracks = _by_video(_read(predictions, "tracks", dataset, found, columns), names)
         boxes = _by_video(_read_boxes(predictions, boxes_of, dataset, found), names)
         for name in names:
-            samples[name] = _score_video(rows_of[name], tracks[name], boxes[name], body, notes)
+            samples[name] = _score_video(truth_of[name], tracks[name], boxes[name], body, notes)
             num_done += 1
             on_step("videos", num_done, len(wanted))
     scored = {name: tracking_scores(_tracks_of(samples), name) for name in protocols}
@@ -249,6 +255,14 @@ def _read_truth(uri: str, notes: list[str]) -> Any:
     for name in table.column_names:
         if table[name].null_count:
             raise SchemaError(f"{redact_uri(uri)}: {name}: expected no null, got some")
+    box = smpl_arrays(table.select(["bbox_xyxy_px"]))["bbox_xyxy_px"]
+    is_box = np.isfinite(box).all(axis=1) & (box[:, 2:] > box[:, :2]).all(axis=1)
+    if not is_box.all():
+        row = int(np.argmin(is_box))
+        where = f"video {table['video_id'][row]}, frame {table['frame_index'][row]}"
+        raise SchemaError(
+            f"{redact_uri(uri)}: {where}: expected a box with an extent, got {box[row].tolist()}"
+        )
     return table
 
 
@@ -314,6 +328,7 @@ class _People:
     """Rows of `tracks` of one video as arrays; None for columns that are not there."""
 
     boxes: Boxes
+    shot_id: I64
     is_seen: Bool
     keypoints_3d_m: F32 | None
     keypoints_2d_px: F32 | None
@@ -325,8 +340,11 @@ class _People:
         arrays = smpl_arrays(rows)
         names = set(rows.column_names)
         seen = np.ones(rows.num_rows, dtype=np.bool_)
+        shot = np.zeros(rows.num_rows, dtype=np.int64)
         if "state" in names:
             seen = np.asarray(pc.not_equal(rows["state"], "predicted").to_numpy(), np.bool_)
+        if "shot_id" in names:
+            shot = rows["shot_id"].to_numpy().astype(np.int64)
         has_pose, has_body = names >= set(POSE_COLUMNS), names >= set(BODY_COLUMNS)
         return cls(
             boxes=Boxes(
@@ -334,6 +352,7 @@ class _People:
                 rows["track_id"].to_numpy().astype(np.int64),
                 arrays["bbox_xyxy_px"].astype(np.float64),
             ),
+            shot_id=shot,
             is_seen=seen,
             keypoints_3d_m=arrays["keypoints_3d_m"] if has_pose else None,
             keypoints_2d_px=arrays["keypoints_2d_px"] if has_pose else None,
@@ -441,7 +460,9 @@ def _pose_samples(
         mpjpe_mm=mpjpe_mm(found_m, true_m),
         pa_mpjpe_mm=pa_mpjpe_mm(found_m, true_m),
         pve_mm=_vertex_errors(truth, there, predicted, found, body, notes),
-        acceleration_mm=_accelerations(truth.boxes.take(there), true_m, found_m),
+        acceleration_mm=_accelerations(
+            truth.boxes.take(there), truth.shot_id[there], true_m, found_m
+        ),
         distances=pck_distances(
             predicted.keypoints_2d_px[found],
             truth.keypoints_2d_px[there],
@@ -452,15 +473,16 @@ def _pose_samples(
     )
 
 
-def _accelerations(people: Boxes, true_m: F32, found_m: F32) -> F64:
-    """Of each true person over the frames in which it was matched."""
+def _accelerations(people: Boxes, shot_id: I64, true_m: F32, found_m: F32) -> F64:
+    """Of each true person over the frames in which it was matched, within a shot."""
+    frame_index = people.frame_index + 3 * shot_id  # a cut is a gap
     chosen = list(EVALUATION_KEYPOINTS)
     true_m = (true_m - true_m[:, [PELVIS_KEYPOINT]])[:, chosen]
     found_m = (found_m - found_m[:, [PELVIS_KEYPOINT]])[:, chosen]
     errors = [np.zeros(0)]
     for (rows,) in by_frame(people.track_id):  # by person
-        rows = rows[np.argsort(people.frame_index[rows])]
-        error = acceleration_error_mm(found_m[rows], true_m[rows], people.frame_index[rows])
+        rows = rows[np.argsort(frame_index[rows])]
+        error = acceleration_error_mm(found_m[rows], true_m[rows], frame_index[rows])
         errors.append(error[np.isfinite(error)])
     return np.concatenate(errors)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from fourdh_batch.errors import ConfigError
+from fourdh_batch.errors import ConfigError, SchemaError
 from fourdh_batch.evaluate.matching import Boxes, by_frame
 from fourdh_batch.geometry import box_iou
 
@@ -96,7 +96,8 @@ def tracking_scores(
 
     Raises:
         ConfigError: TrackEval is not installed.
-        ValueError: unknown protocol, no video, or an identity stands twice in one frame.
+        SchemaError: an identity stands twice in one frame.
+        ValueError: unknown protocol, or no video.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {list(PROTOCOLS)}, got {protocol!r}")
@@ -160,7 +161,7 @@ def _trackeval_data(
         unique, count = np.unique(keys, axis=0, return_counts=True)
         if (count > 1).any():
             frame, track = unique[count > 1][0].tolist()
-            raise ValueError(
+            raise SchemaError(
                 f"video {name}, frame {frame}: expected track {track} once, the {what} has it "
                 f"{count.max()} times"
             )

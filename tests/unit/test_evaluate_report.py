@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +63,23 @@ def test_errors_have_their_exact_size(tmp_path: Path) -> None:
     # triples with frame 4: 1, 2 and 1 mm, of six triples of each of two people
     assert pose.acceleration_mm_per_frame2 == pytest.approx(4 / 12, rel=1e-4)
     assert pose.pck == {"0.05": 0, "0.1": 1}  # 15 of 200 px
+
+
+def test_no_acceleration_is_taken_across_a_cut_or_a_gap(tmp_path: Path) -> None:
+    points = np.random.default_rng(1).normal(size=(16, 44, 3)).astype(np.float32)
+    root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4", keypoints_3d_m=points)})
+
+    def error(true: Any) -> float:
+        report = evaluate(root, write_truth(tmp_path / "t.parquet", true))
+        return report.overall.pose.acceleration_mm_per_frame2 or 0.0
+
+    still = np.zeros_like(points)
+    whole = people("a.mp4", keypoints_3d_m=still)
+    halves = [whole.slice(0, 8), whole.slice(8, 8)]  # frames 0 to 3, 4 to 7
+    shot = (np.arange(16) // 8).astype(np.int64)
+    cut = people("a.mp4", keypoints_3d_m=still, shot_id=shot)
+    assert error(cut) != pytest.approx(error(whole))
+    assert error(cut) == pytest.approx((error(halves[0]) + error(halves[1])) / 2)
 
 
 def test_a_missing_or_failed_video_is_all_misses_and_named(tmp_path: Path) -> None:
@@ -154,6 +172,12 @@ def test_mistakes_are_said_clearly(tmp_path: Path) -> None:
         evaluate(root, write_truth(tmp_path / "b.parquet", people("b.mp4")))
     with pytest.raises(SchemaError, match="missing track_id"):
         evaluate(root, write_truth(tmp_path / "c.parquet", true, drop=("track_id",)))
+    twice = pa.concat_tables([true, true.slice(3, 1)])
+    with pytest.raises(SchemaError, match=r"video a.mp4, frame 1: expected track 2 once"):
+        evaluate(root, write_truth(tmp_path / "g.parquet", twice))
+    flat = people("a.mp4", bbox_xyxy_px=np.tile(np.float32([1, 2, 1, 9]), (16, 1)))
+    with pytest.raises(SchemaError, match=r"video a.mp4, frame 0: expected a box with an extent"):
+        evaluate(root, write_truth(tmp_path / "h.parquet", flat))
     with pytest.raises(ConfigError, match="rows of true people, got none"):
         evaluate(root, write_truth(tmp_path / "d.parquet", true.slice(0, 0)))
     (tmp_path / "e.parquet").write_text("no parquet")
@@ -203,7 +227,11 @@ def test_the_command_prints_and_writes_the_same_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--gate", "mot"], "phalp or iou50"), (["--to", "out.txt"], "ends in .json or .parquet")],
+    [
+        (["--gate", "mot"], "phalp or iou50"),
+        (["--to", "out.txt"], "ends in .json or .parquet"),
+        (["--body", "/nowhere.npz"], "/nowhere.npz"),
+    ],
 )
 def test_wrong_options_of_the_command_are_usage(words: list[str], said: str) -> None:
     result = runner.invoke(app, ["evaluate", "x", "y.parquet", *words])
