@@ -234,14 +234,17 @@ def evaluate(
 
 def _read_truth(uri: str, notes: list[str]) -> Any:
     """The truth's rows with those of our columns that it has."""
+    known = [*BOX_COLUMNS, *STATE_COLUMNS, *POSE_COLUMNS, *BODY_COLUMNS]
     if uri.endswith(".parquet"):
         with open_read(uri) as file:
             try:
-                table = pq.read_table(file)
+                parquet = pq.ParquetFile(file)
+                there = [name for name in known if name in parquet.schema_arrow.names]
+                table = parquet.read(columns=there)
             except pa.ArrowInvalid as error:
                 raise SchemaError(f"{redact_uri(uri)}: expected Parquet, got {error}") from error
     else:
-        table = read_arrow(uri, "tracks")
+        table = read_arrow(uri, "tracks", columns=known)
     if missing := sorted(set(BOX_COLUMNS) - set(table.column_names)):
         raise SchemaError(
             f"{redact_uri(uri)}: expected the columns {', '.join(BOX_COLUMNS)} of `tracks`, "
@@ -250,8 +253,6 @@ def _read_truth(uri: str, notes: list[str]) -> Any:
     for what, columns in (("bodies", POSE_COLUMNS), ("PVE", BODY_COLUMNS)):
         if missing := sorted(set(columns) - set(table.column_names)):
             notes.append(f"{what}: not scored, the truth has no {', '.join(missing)}")
-    known = (*BOX_COLUMNS, *STATE_COLUMNS, *POSE_COLUMNS, *BODY_COLUMNS)
-    table = table.select([name for name in known if name in table.column_names])
     for name in table.column_names:
         if table[name].null_count:
             raise SchemaError(f"{redact_uri(uri)}: {name}: expected no null, got some")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fourdh_batch.cli import app
 from fourdh_batch.errors import ConfigError, SchemaError
-from fourdh_batch.evaluate.report import evaluate
+from fourdh_batch.evaluate.report import POSE_COLUMNS, evaluate
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.storage import Store
 from tests.evaluation_files import people, write_root, write_truth
@@ -163,6 +163,21 @@ def test_a_truth_of_boxes_scores_boxes_and_tracks(tmp_path: Path) -> None:
     assert report.overall.tracking["iou50"].mota == 1
     assert (report.overall.pose.num_people, report.overall.pose.mpjpe_mm) == (16, None)
     assert any(note.startswith("bodies: not scored") for note in report.notes)
+
+
+def test_a_truth_may_be_written_by_pandas(tmp_path: Path) -> None:
+    root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4")})
+    columns = ["video_id", "frame_index", "track_id", "bbox_xyxy_px", *POSE_COLUMNS]
+    frame = people("a.mp4").select(columns).to_pandas()
+    for name in ("bbox_xyxy_px", *POSE_COLUMNS):
+        frame[name] = frame[name].map(lambda values: values.astype(float).tolist())
+    frame.to_parquet(tmp_path / "t.parquet")  # lists of doubles, of any length
+    pose = evaluate(root, str(tmp_path / "t.parquet")).overall.pose
+    assert (pose.num_people, pose.mpjpe_mm) == (16, 0)
+    frame["bbox_xyxy_px"] = frame["bbox_xyxy_px"].map(lambda box: box[:3])
+    frame.to_parquet(tmp_path / "short.parquet")
+    with pytest.raises(SchemaError, match=r"tracks\.bbox_xyxy_px: expected lists of 4"):
+        evaluate(root, str(tmp_path / "short.parquet"))
 
 
 def test_mistakes_are_said_clearly(tmp_path: Path) -> None:
