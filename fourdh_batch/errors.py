@@ -5,6 +5,7 @@
     ├── ManifestError        stop: the corpus cannot be read; all problems listed at once
     ├── CheckpointError      stop: weights missing, or keys and shapes that do not fit
     ├── SchemaError          stop: a table that does not fit its schema
+    ├── MotionError          stop: a file of motion capture that cannot be used
     ├── OutputInUseError     stop: another driver holds the output
     ├── StorageError         retry: the store failed; the same call may succeed later
     │   └── LostRowsError        redo: a published object is not the one that was committed
@@ -52,6 +53,10 @@ class CheckpointError(FourdhError, ValueError):
 
 class SchemaError(FourdhError, ValueError):
     """A table does not fit its schema; the message says expected and got."""
+
+
+class MotionError(FourdhError, ValueError):
+    """A file of motion capture is not of a known form; the message says the file and the line."""
 
 
 class OutputInUseError(FourdhError, RuntimeError):

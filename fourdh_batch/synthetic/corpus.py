@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fourdh_batch.synthetic.motion import Body, Gait, Walk, walk
+from fourdh_batch.synthetic.motion import Body, Gait, Motion, walk
 from fourdh_batch.synthetic.scene import Camera, dress, random_outfits, random_room, render
 from fourdh_batch.types import F64, I64, NUM_BETAS, NUM_BODY_JOINTS, NUM_KEYPOINTS, U8, Bool
 
@@ -350,7 +350,7 @@ class _Posed:
     columns: dict[str, NDArray[Any]]
 
 
-def _path(body: Body, person: _Person, step: Step, times_s: F64) -> Walk:
+def _path(body: Body, person: _Person, step: Step, times_s: F64) -> Motion:
     return walk(
         body,
         person.betas,
@@ -363,7 +363,7 @@ def _path(body: Body, person: _Person, step: Step, times_s: F64) -> Walk:
     )
 
 
-def _pose(camera: Camera, body: Body, shape: Tensor, path: Walk) -> _Posed:
+def _pose(camera: Camera, body: Body, shape: Tensor, path: Motion) -> _Posed:
     num_frames = len(path.transl_m)
     betas = shape.expand(num_frames, -1)
     out = body(path.global_orient, path.body_pose, betas)

@@ -1,4 +1,4 @@
-"""A walk made of smooth periodic functions, for a body with SMPL's 24 joints.
+"""Motions of a body with SMPL's 24 joints, and a walk made of smooth periodic functions.
 
 The joint angles follow the shape of textbook gait curves (two knee waves, ankle push-off,
 arms against legs); the constants are our own. The root moves so that the loaded foot rests on
@@ -49,6 +49,12 @@ class Body(Protocol):
     """A body model: rotations and shape to a surface."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
     def faces(self) -> I64: ...  # (F, 3)
 
     def __call__(self, global_orient: Tensor, body_pose: Tensor, betas: Tensor) -> BodyOutput: ...
@@ -63,17 +69,24 @@ class Gait:
         stride: size of the leg's swing; 1 is an ordinary walk, 0 stands still.
         arm_swing: size of the arm's swing.
         lean_deg: trunk, forwards.
+        elbow_deg: bend of the elbow in the middle of its swing.
+        knee: size of the knee's bend; runners lift their heels more.
     """
 
     cycles_per_s: float = 0.95
     stride: float = 1.0
     arm_swing: float = 1.0
     lean_deg: float = 3.0
+    elbow_deg: float = 16.0
+    knee: float = 1.0
+
+
+RUN = Gait(cycles_per_s=1.4, stride=1.5, arm_swing=1.8, lean_deg=10, elbow_deg=85, knee=1.15)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Walk:
-    """T frames of one walking person.
+class Motion:
+    """T frames of one moving person.
 
     Attributes:
         global_orient: (T, 1, 3, 3) float32, world axes.
@@ -85,8 +98,8 @@ class Walk:
     body_pose: Tensor
     transl_m: Tensor
 
-    def __getitem__(self, frames: slice) -> Walk:
-        return Walk(self.global_orient[frames], self.body_pose[frames], self.transl_m[frames])
+    def __getitem__(self, frames: slice) -> Motion:
+        return Motion(self.global_orient[frames], self.body_pose[frames], self.transl_m[frames])
 
 
 def gait_pose(phase: F64, gait: Gait) -> F64:
@@ -106,7 +119,7 @@ def gait_pose(phase: F64, gait: Gait) -> F64:
         angles[:, HIPS[side], 2] = sign * (-2.5 - 2.5 * swing * np.sin(t))  # pelvis drop undone
         angles[:, HIPS[side], 1] = sign * (4 + 5 * swing * forward)
         knee = 5 + 8 * _bump(t, 0.13, 0.10) + 56 * _bump(t, 0.72, 0.095)
-        angles[:, KNEES[side], 0] = 2 + swing * knee
+        angles[:, KNEES[side], 0] = 2 + swing * gait.knee * knee
         ankle = -5 * _bump(t, 0.06, 0.05) + 10 * _bump(t, 0.42, 0.11) - 20 * _bump(t, 0.62, 0.06)
         ankle += 7 * _bump(t, 0.83, 0.08)
         angles[:, ANKLES[side], 0] = -swing * ankle
@@ -115,7 +128,7 @@ def gait_pose(phase: F64, gait: Gait) -> F64:
         angles[:, COLLARS[side], 2] = -sign * 6
         angles[:, SHOULDERS[side], 2] = -sign * 73
         angles[:, SHOULDERS[side], 0] = 2 - 20 * arm
-        angles[:, ELBOWS[side], 1] = -sign * (16 + 9 * arm)
+        angles[:, ELBOWS[side], 1] = -sign * (gait.elbow_deg + 9 * arm)
     left_forward = np.cos(phase + 0.30) * swing
     angles[:, PELVIS, 1] = -5 * left_forward  # the hip of the leading leg comes forward
     angles[:, PELVIS, 2] = 2.5 * swing * np.sin(phase)
@@ -140,7 +153,7 @@ def walk(
     heading_deg: float,
     turn_deg_per_m: float = 0.0,
     phase: float = 0.0,
-) -> Walk:
+) -> Motion:
     """A person's walk along a straight line or an arc.
 
     Args:
@@ -170,7 +183,7 @@ def walk(
     pose = gait_pose(angle, gait)
     turned = Rotation.from_euler("y", heading[:, None]).as_matrix() @ pose[:, 0]
     transl = np.stack([x - root[0], height, z - root[2]], axis=-1)
-    return Walk(
+    return Motion(
         global_orient=torch.from_numpy(turned[:, None]).float(),
         body_pose=torch.from_numpy(pose[:, 1:]).float(),
         transl_m=torch.from_numpy(transl).float(),

@@ -10,7 +10,7 @@ from fourdh_batch.synthetic.motion import (
     HEEL_KEYPOINTS,
     BodyOutput,
     Gait,
-    Walk,
+    Motion,
     gait_pose,
     walk,
 )
@@ -28,7 +28,7 @@ def seconds(duration_s: float) -> np.ndarray:
     return np.arange(round(duration_s * FPS)) / FPS
 
 
-def pose(body: SmplBody, path: Walk) -> BodyOutput:
+def pose(body: SmplBody, path: Motion) -> BodyOutput:
     return body(path.global_orient, path.body_pose, torch.zeros(len(path.transl_m), 10))
 
 
