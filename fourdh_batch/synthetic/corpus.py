@@ -1,16 +1,22 @@
-"""A small corpus made here: clips of walking people, the boxes a detector would give, the truth.
+"""A corpus made here: clips of people, the boxes a detector would give, the truth.
 
 `make_corpus` writes into one folder
     <name>.mp4        H.264, 25 frames per second
     boxes.parquet     video_id, frame_index, bbox_xyxy_px [4], score: people who can be seen
-    truth.parquet     every person in the picture, hidden or not; columns in `TRUTH`
-The `video_id` is the file name. Everything follows from the seed and the body model.
+    truth.parquet     the table `tracks` as a faultless tracker would write it
+The `video_id` is the file name. Everything follows from the seed, the plans and the body model.
+
+In the truth a `track_id` is a person, the same across a cut and after leaving the picture. A row
+is `detected` where at least `MIN_VISIBLE_FRACTION` of the person is seen, and `predicted` where
+less is seen between two such frames of a shot; `score` is the share that is seen. Boxes hold the
+dressed body, hidden parts too, and end at the picture's border. `focal_px` and `cam_t_m` are the
+true ones.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,135 +30,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fourdh_batch.synthetic.motion import Body, Gait, Motion, walk
-from fourdh_batch.synthetic.scene import Camera, dress, random_outfits, random_room, render
-from fourdh_batch.types import F64, I64, NUM_BETAS, NUM_BODY_JOINTS, NUM_KEYPOINTS, U8, Bool
+from fourdh_batch.synthetic.camera import Camera
+from fourdh_batch.synthetic.gestures import act
+from fourdh_batch.synthetic.mocap import Recording, play
+from fourdh_batch.synthetic.motion import Body, Motion, walk
+from fourdh_batch.synthetic.plans import CLIPS, FPS, ClipPlan, ShotPlan, Step
+from fourdh_batch.synthetic.rooms import random_room
+from fourdh_batch.synthetic.scene import quantise, render, vertex_normals
+from fourdh_batch.synthetic.wardrobe import Outfit, Wardrobe, random_outfits
+from fourdh_batch.tables.schema import arrow_schema, make_table
+from fourdh_batch.types import F64, I64, NUM_BETAS, U8, Bool
 
-FPS = 25
+DATASET = "synthetic"
 IMAGE_SIZE_WH = (384, 288)  # a person 5 m away is about 195 pixels tall
 MIN_VISIBLE_FRACTION = 0.15  # of a person, for a box
 MIN_DEPTH_M = 0.5  # nearer people are left out
-FOCAL_HEIGHTS = 2.0  # focal length in picture heights
 BLOCK_FRAMES = 32  # posed at once
+BLUR_PICTURES = 5  # averaged for one smeared frame
 # x264's macroblock tree reads memory that it did not write: with it equal frames now and then
 # give other bytes (core 165, pictures of 192x144 and less: 3 to 7 variants in 12 runs)
 X264_OPTIONS = {"crf": "20", "preset": "medium", "g": "50", "x264-params": "mbtree=0"}
-
-
-def _floats(*shape: int) -> pa.DataType:
-    return pa.list_(pa.float32(), int(np.prod(shape)))
-
 
 BOXES = pa.schema(
     [
         ("video_id", pa.string()),
         ("frame_index", pa.int64()),
-        ("bbox_xyxy_px", _floats(4)),
+        ("bbox_xyxy_px", pa.list_(pa.float32(), 4)),
         ("score", pa.float32()),
     ]
 )
-# Names, units and frames of reference are those of the tracks table.
-TRUTH = pa.schema(
-    [
-        ("video_id", pa.string()),
-        ("frame_index", pa.int64()),
-        ("shot_id", pa.int64()),
-        ("person_id", pa.int64()),  # the same across a cut
-        ("bbox_xyxy_px", _floats(4)),  # of the whole body, hidden parts too; cut at the border
-        ("visible_fraction", pa.float32()),
-        ("keypoints_2d_px", _floats(NUM_KEYPOINTS, 2)),
-        ("keypoints_3d_m", _floats(NUM_KEYPOINTS, 3)),  # camera axes, cam_t_m not added
-        ("global_orient", _floats(1, 3, 3)),  # camera axes
-        ("body_pose", _floats(NUM_BODY_JOINTS, 3, 3)),
-        ("betas", _floats(NUM_BETAS)),
-        ("cam_t_m", _floats(3)),
-        ("focal_px", pa.float32()),
-        ("principal_point_px", _floats(2)),
-    ]
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One person's walk in one shot; positions at the middle of the shot.
-
-    Attributes:
-        person: number of the person in the clip.
-        position_m: (x, z) on the floor.
-        heading_deg: 0 towards the viewer, 90 to the right.
-        turn_deg_per_m: change of direction on the way.
-        cycles_per_s, stride: see `Gait`.
-    """
-
-    person: int
-    position_m: tuple[float, float]
-    heading_deg: float
-    turn_deg_per_m: float = 0.0
-    cycles_per_s: float = 0.98
-    stride: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ShotPlan:
-    """One camera and who walks before it; heights and angles of the camera."""
-
-    steps: tuple[Step, ...]
-    camera_m: tuple[float, float, float] = (0.0, 1.45, 5.2)
-    yaw_deg: float = 0.0
-    pitch_deg: float = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ClipPlan:
-    """Shots of equal length, one after the other by hard cuts."""
-
-    num_frames: int
-    shots: tuple[ShotPlan, ...]
-
-
-CLIPS: dict[str, ClipPlan] = {
-    # one hides the other in the middle
-    "crossing": ClipPlan(60, (ShotPlan((Step(0, (0.0, 0.35), 90), Step(1, (0.1, -0.45), -92))),)),
-    # one leaves on the right, the other comes in there and passes behind
-    "enter_leave": ClipPlan(
-        75,
-        (
-            ShotPlan(
-                (
-                    Step(0, (0.95, 0.3), 88, cycles_per_s=1.05),
-                    Step(1, (1.15, -0.6), -90, cycles_per_s=1.0),
-                )
-            ),
-        ),
-    ),
-    # towards the viewer, away in an arc, and across behind both
-    "trio": ClipPlan(
-        60,
-        (
-            ShotPlan(
-                (
-                    Step(0, (-0.75, -0.2), -8, cycles_per_s=0.85, stride=0.8),
-                    Step(1, (0.85, -0.3), 215, turn_deg_per_m=35, cycles_per_s=0.9, stride=0.9),
-                    Step(2, (0.1, -1.3), 90, cycles_per_s=1.0),
-                )
-            ),
-        ),
-    ),
-    "empty": ClipPlan(48, (ShotPlan(()),)),
-    # two walk; after the cut one of them, elsewhere and seen from nearer
-    "cut": ClipPlan(
-        60,
-        (
-            ShotPlan((Step(0, (-0.5, 0.2), 60), Step(1, (0.8, -0.5), -70))),
-            ShotPlan(
-                (Step(0, (0.5, 0.4), -35, turn_deg_per_m=-50, stride=0.9),),
-                camera_m=(1.8, 1.7, 5.4),
-                yaw_deg=16,
-                pitch_deg=8,
-            ),
-        ),
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +69,7 @@ class Clip:
         video_id: file name in the folder.
         shot_starts: first frame of every shot.
         num_people: different people, over all shots.
+        features: what makes it difficult; see `plans.FEATURES`.
     """
 
     video_id: str
@@ -172,6 +79,7 @@ class Clip:
     image_size_wh: tuple[int, int]
     shot_starts: tuple[int, ...]
     num_people: int
+    features: frozenset[str]
 
 
 def make_corpus(
@@ -179,7 +87,8 @@ def make_corpus(
     body: Body,
     *,
     seed: int = 0,
-    clips: Sequence[str] = tuple(CLIPS),
+    clips: Mapping[str, ClipPlan] = CLIPS,
+    recordings: Sequence[Recording] = (),
     image_size_wh: tuple[int, int] = IMAGE_SIZE_WH,
     num_frames: int | None = None,
 ) -> list[Clip]:
@@ -191,33 +100,50 @@ def make_corpus(
     Args:
         folder: is made where it does not exist.
         body: its tensors on the CPU.
-        clips: names out of `CLIPS`.
+        clips: file name without suffix to plan; see `plans.drawn_clips`.
+        recordings: motions that the plans refer to by number.
         image_size_wh: even numbers; people grow with the height.
         num_frames: of every clip, at least one per shot; None: each clip's own.
     Raises:
-        ValueError: an unknown clip, an odd size, too few frames.
+        ValueError: an odd size, too few frames, a name that is a path, a recording that is not
+            there.
     """
-    unknown = sorted(set(clips) - set(CLIPS))
-    if unknown:
-        raise ValueError(f"clips: expected names out of {list(CLIPS)}, got {unknown}")
     if image_size_wh[0] % 2 or image_size_wh[1] % 2 or min(image_size_wh) < 2:
         raise ValueError(f"image_size_wh: H.264 needs even sizes, got {image_size_wh}")
+    for name, plan in clips.items():
+        _check(name, plan, len(recordings), num_frames)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Clip] = []
     truth: list[pa.Table] = []
     with _one_thread():
-        for name in clips:
-            clip, rows = _make_clip(folder, name, body, seed, image_size_wh, num_frames)
+        studio = _Studio(body, seed, image_size_wh, recordings)
+        for name, plan in clips.items():
+            clip, rows = studio.make(folder, name, plan, num_frames)
             made.append(clip)
             truth.append(rows)
-    table = pa.concat_tables([TRUTH.empty_table(), *truth])
-    visible = table["visible_fraction"].to_numpy() >= MIN_VISIBLE_FRACTION
-    boxes = table.filter(pa.array(visible)).select(["video_id", "frame_index", "bbox_xyxy_px"])
-    boxes = boxes.append_column("score", pa.array(np.ones(len(boxes), np.float32)))
-    pq.write_table(boxes.cast(BOXES), folder / "boxes.parquet")
+    table = pa.concat_tables([arrow_schema("tracks").empty_table(), *truth])
+    pq.write_table(_boxes(table), folder / "boxes.parquet")
     pq.write_table(table, folder / "truth.parquet")
     return made
+
+
+def _check(name: str, plan: ClipPlan, num_recordings: int, num_frames: int | None) -> None:
+    if Path(name).name != name or name.startswith("."):
+        raise ValueError(f"clips: expected plain names, got {name!r}")
+    length = plan.num_frames if num_frames is None else num_frames
+    if length < len(plan.shots):
+        raise ValueError(f"num_frames: {name} has {len(plan.shots)} shots, got {length} frames")
+    wanted = [s.recording[0] for shot in plan.shots for s in shot.steps if s.recording]
+    if max(wanted, default=-1) >= num_recordings:
+        raise ValueError(f"{name} wants recording {max(wanted)}, got {num_recordings} recordings")
+
+
+def _boxes(truth: pa.Table) -> pa.Table:
+    """What a faultless detector finds of the truth."""
+    seen = truth.filter(pa.compute.field("state") == "detected")
+    boxes = seen.select(["video_id", "frame_index", "bbox_xyxy_px"])
+    return boxes.append_column("score", pa.array(np.ones(len(boxes), np.float32))).cast(BOXES)
 
 
 @contextmanager
@@ -235,183 +161,290 @@ def _one_thread() -> Iterator[None]:
 class _Person:
     betas: Tensor  # (10,)
     colours: Tensor  # (V, 3)
+    thickness_m: Tensor  # (V,)
     phase: float
-
-
-def _make_clip(
-    folder: Path,
-    name: str,
-    body: Body,
-    seed: int,
-    image_size_wh: tuple[int, int],
-    num_frames: int | None,
-) -> tuple[Clip, pa.Table]:
-    plan = CLIPS[name]
-    length = plan.num_frames if num_frames is None else num_frames
-    if length < len(plan.shots):
-        raise ValueError(f"num_frames: {name} has {len(plan.shots)} shots, got {length} frames")
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    num_people = len({step.person for shot in plan.shots for step in shot.steps})
-    people = [
-        _Person(betas, dress(body, betas, outfit), float(rng.uniform(0, 2 * np.pi)))
-        for outfit in random_outfits(rng, num_people)
-        for betas in [torch.from_numpy(rng.normal(0, 0.9, NUM_BETAS).clip(-1.8, 1.8)).float()]
-    ]
-    starts = [round(i * length / len(plan.shots)) for i in range(len(plan.shots) + 1)]
-    video_id = f"{name}.mp4"
-    path = folder / video_id
-    rows: list[pa.Table] = []
-
-    def frames() -> Iterator[U8]:
-        for shot_id, shot in enumerate(plan.shots):
-            frame_index = np.arange(starts[shot_id], starts[shot_id + 1])
-            camera = Camera(
-                position_m=shot.camera_m,
-                yaw_deg=shot.yaw_deg,
-                pitch_deg=shot.pitch_deg,
-                focal_px=FOCAL_HEIGHTS * image_size_wh[1],
-                image_size_wh=image_size_wh,
-            )
-            yield from _shot(video_id, shot_id, frame_index, camera, shot, people, body, rng, rows)
-
-    _encode(path, frames(), image_size_wh)
-    clip = Clip(video_id, path, length, FPS, image_size_wh, tuple(starts[:-1]), num_people)
-    return clip, pa.concat_tables([TRUTH.empty_table(), *rows])
-
-
-def _shot(
-    video_id: str,
-    shot_id: int,
-    frame_index: I64,
-    camera: Camera,
-    shot: ShotPlan,
-    people: list[_Person],
-    body: Body,
-    rng: np.random.Generator,
-    rows: list[pa.Table],
-) -> Iterator[U8]:
-    """The frames of a shot; appends the truth of each block of frames to `rows`."""
-    backdrop = random_room(camera, rng)
-    faces = torch.from_numpy(body.faces)
-    colours = torch.stack([person.colours for person in people]) if people else torch.empty(0)
-    times_s = (frame_index - frame_index.mean()) / FPS
-    paths = [_path(body, people[step.person], step, times_s) for step in shot.steps]
-    for begin in range(0, len(frame_index), BLOCK_FRAMES):
-        block = slice(begin, begin + BLOCK_FRAMES)
-        posed = [
-            _pose(camera, body, people[step.person].betas, path[block])
-            for step, path in zip(shot.steps, paths, strict=True)
-        ]
-        visible = np.zeros((len(posed), len(frame_index[block])), np.float32)
-        present = np.array([p.in_picture for p in posed]).reshape(visible.shape)
-        for t in range(visible.shape[1]):
-            here = np.flatnonzero(present[:, t])
-            vertices = [posed[i].vertices_m[t] for i in here]
-            who = [shot.steps[i].person for i in here]
-            picture = render(
-                camera,
-                backdrop,
-                torch.stack(vertices) if vertices else torch.empty(0, 0, 3),
-                colours[who],
-                faces,
-            )
-            visible[here, t] = picture.visible_fraction
-            yield picture.rgb
-        for step, person, in_picture, fraction in zip(
-            shot.steps, posed, present, visible, strict=True
-        ):
-            columns = person.columns | {
-                "frame_index": frame_index[block],
-                "visible_fraction": fraction,
-            }
-            rows.append(
-                _table(
-                    {name: value[in_picture] for name, value in columns.items()},
-                    video_id=video_id,
-                    shot_id=shot_id,
-                    person_id=step.person,
-                    focal_px=camera.focal_px,
-                )
-            )
+    seed: int  # of the gestures
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Posed:
-    """T frames of one person before a camera.
+    """T frames of one person, each pictured S times.
 
     Attributes:
-        vertices_m: (T, V, 3) in the world.
-        in_picture: (T,) bool, the box of the body meets the picture.
-        columns: those columns of `TRUTH` that follow from the body, (T, ...).
+        vertices_m, normals: (T * S, V, 3) of the dressed body, in the world.
+        in_picture: (T,) the box of the dressed body meets the picture.
+        columns: those columns of the table that follow from the body, (T, ...).
     """
 
     vertices_m: Tensor
+    normals: Tensor
     in_picture: Bool
     columns: dict[str, NDArray[Any]]
 
 
-def _path(body: Body, person: _Person, step: Step, times_s: F64) -> Motion:
-    return walk(
-        body,
-        person.betas,
-        Gait(cycles_per_s=step.cycles_per_s, stride=step.stride),
-        times_s=times_s,
-        position_m=step.position_m,
-        heading_deg=step.heading_deg,
-        turn_deg_per_m=step.turn_deg_per_m,
-        phase=person.phase,
-    )
+class _Studio:
+    """What all clips of a corpus share."""
 
+    def __init__(
+        self,
+        body: Body,
+        seed: int,
+        image_size_wh: tuple[int, int],
+        recordings: Sequence[Recording],
+    ) -> None:
+        self._body = body
+        self._seed = seed
+        self._size_wh = image_size_wh
+        self._recordings = recordings
+        self._wardrobe = Wardrobe(body)
+        self._faces = torch.from_numpy(body.faces)
 
-def _pose(camera: Camera, body: Body, shape: Tensor, path: Motion) -> _Posed:
-    num_frames = len(path.transl_m)
-    betas = shape.expand(num_frames, -1)
-    out = body(path.global_orient, path.body_pose, betas)
-    transl = path.transl_m[:, None]  # (T, 1, 3)
-    vertices_m = out.vertices + transl
-    vertices_cam = camera.to_camera(vertices_m)
-    # The model turns about its pelvis, so the camera's turn moves everything but the pelvis.
-    pelvis = out.joints[:, :1]
-    cam_t = camera.to_camera(pelvis + transl) - pelvis  # (T, 1, 3)
-    keypoints_cam = camera.to_camera(out.keypoints_3d + transl)
+    def make(
+        self, folder: Path, name: str, plan: ClipPlan, num_frames: int | None
+    ) -> tuple[Clip, pa.Table]:
+        """Writes one clip; its record and its truth."""
+        length = plan.num_frames if num_frames is None else num_frames
+        rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
+        cast = sorted({step.person for shot in plan.shots for step in shot.steps})
+        outfits = random_outfits(rng, len(cast))
+        people = {
+            person: self._person(outfit, rng) for person, outfit in zip(cast, outfits, strict=True)
+        }
+        starts = [round(i * length / len(plan.shots)) for i in range(len(plan.shots) + 1)]
+        video_id = f"{name}.mp4"
+        rows: list[dict[str, NDArray[Any]]] = []
 
-    pixels = camera.project(vertices_cam)
-    low, high = pixels.amin(dim=1), pixels.amax(dim=1)
-    last = torch.tensor(camera.image_size_wh) - 1
-    in_picture = (vertices_cam[..., 2].amin(dim=1) > MIN_DEPTH_M) & ((high > 0) & (low < last)).all(
-        dim=1
-    )
-    columns = {
-        "bbox_xyxy_px": torch.cat([low.clamp(min=0), torch.minimum(high, last)], dim=1),
-        "keypoints_2d_px": camera.project(keypoints_cam),
-        "keypoints_3d_m": keypoints_cam - cam_t,
-        "global_orient": camera.rotation @ path.global_orient,
-        "body_pose": path.body_pose,
-        "betas": betas,
-        "cam_t_m": cam_t[:, 0],
-        "principal_point_px": torch.tensor(camera.principal_point_px).expand(num_frames, 2),
-    }
-    return _Posed(
-        vertices_m=vertices_m,
-        in_picture=in_picture.numpy(),
-        columns={name: value.numpy() for name, value in columns.items()},
-    )
+        def frames() -> Iterator[U8]:
+            for shot_id, shot in enumerate(plan.shots):
+                frame_index = np.arange(starts[shot_id], starts[shot_id + 1])
+                yield from self._shot(shot_id, frame_index, shot, people, rng, rows)
 
+        _encode(folder / video_id, frames(), self._size_wh)
+        clip = Clip(
+            video_id=video_id,
+            path=folder / video_id,
+            num_frames=length,
+            fps=FPS,
+            image_size_wh=self._size_wh,
+            shot_starts=tuple(starts[:-1]),
+            num_people=len(cast),
+            features=plan.features,
+        )
+        body_model = f"{self._body.name}:{self._body.digest[:16]}"
+        return clip, _truth_table(rows, video_id, self._size_wh, body_model)
 
-def _table(columns: dict[str, NDArray[Any]], **constants: str | int | float) -> pa.Table:
-    """Rows of `TRUTH` from arrays (N, ...) and from values that all rows share."""
-    num_rows = len(columns["frame_index"])
-    arrays = []
-    for field in TRUTH:
-        if field.name in constants:
-            array = pa.array([constants[field.name]] * num_rows, field.type)
-        elif pa.types.is_fixed_size_list(field.type):
-            flat = pa.array(np.ascontiguousarray(columns[field.name]).reshape(-1), pa.float32())
-            array = pa.FixedSizeListArray.from_arrays(flat, type=field.type)
+    def _person(self, outfit: Outfit, rng: np.random.Generator) -> _Person:
+        betas = torch.from_numpy(rng.normal(0, 0.9, NUM_BETAS).clip(-1.8, 1.8)).float()
+        colours, thickness_m = self._wardrobe.dress(outfit)
+        phase = float(rng.uniform(0, 2 * np.pi))
+        return _Person(betas, colours, thickness_m, phase, int(rng.integers(2**31)))
+
+    def _shot(
+        self,
+        shot_id: int,
+        frame_index: I64,
+        shot: ShotPlan,
+        people: Mapping[int, _Person],
+        rng: np.random.Generator,
+        rows: list[dict[str, NDArray[Any]]],
+    ) -> Iterator[U8]:
+        """The frames of a shot; appends the rows of those who are in the picture to `rows`."""
+        room = random_room(rng)
+        num_pictures = BLUR_PICTURES if shot.exposure > 0 else 1
+        within = (np.arange(num_pictures) - (num_pictures - 1) / 2) / max(num_pictures - 1, 1)
+        moments = (frame_index - frame_index.mean())[:, None] + shot.exposure * within
+        times_s = moments.reshape(-1) / FPS
+        focal_px = shot.focal_heights * self._size_wh[1]
+        cameras = [shot.camera.at(float(t), focal_px, self._size_wh) for t in times_s]
+        motions = [self._move(people[step.person], step, shot_id, times_s) for step in shot.steps]
+        still = len({(c.position_m, c.yaw_deg, c.pitch_deg, c.roll_deg) for c in cameras}) == 1
+        backdrop = room.view(cameras[0]) if still else None
+        grain = rng.uniform(0.0, 0.012)
+        for begin in range(0, len(frame_index), BLOCK_FRAMES):
+            block = slice(begin, begin + BLOCK_FRAMES)
+            fine = slice(begin * num_pictures, (begin + BLOCK_FRAMES) * num_pictures)
+            posed = [
+                self._pose(cameras[fine], people[step.person], motion[fine], num_pictures)
+                for step, motion in zip(shot.steps, motions, strict=True)
+            ]
+            num_frames = len(frame_index[block])
+            present = np.array([p.in_picture for p in posed]).reshape(len(posed), num_frames)
+            visible = np.zeros((len(posed), num_frames), np.float32)
+            for t in range(num_frames):
+                here = np.flatnonzero(present[:, t])
+                dressed = [people[shot.steps[i].person].colours for i in here]
+                total = torch.zeros(self._size_wh[1], self._size_wh[0], 3)
+                for k in range(num_pictures):
+                    i = t * num_pictures + k
+                    camera = cameras[fine][i]
+                    picture = render(
+                        camera,
+                        backdrop or room.view(camera),
+                        _stack([posed[p].vertices_m[i] for p in here]),
+                        _stack(dressed),
+                        self._faces,
+                        normals=_stack([posed[p].normals[i] for p in here]),
+                        light=shot.light,
+                        blocks=shot.blocks,
+                    )
+                    total += picture.rgb / num_pictures
+                    if k == num_pictures // 2:
+                        visible[here, t] = picture.visible_fraction
+                noise = rng.standard_normal(total.shape, np.float32) * grain
+                yield quantise(total + torch.from_numpy(noise))
+            for step, person, in_picture, fraction in zip(
+                shot.steps, posed, present, visible, strict=True
+            ):
+                columns = person.columns | {
+                    "frame_index": frame_index[block],
+                    "score": fraction,
+                    "shot_id": np.full(num_frames, shot_id),
+                    "track_id": np.full(num_frames, step.person),
+                    "focal_px": np.full(num_frames, focal_px, np.float32),
+                }
+                rows.append({name: value[in_picture] for name, value in columns.items()})
+
+    def _move(self, person: _Person, step: Step, shot_id: int, times_s: F64) -> Motion:
+        if step.recording is not None:
+            number, moment = step.recording
+            recording = self._recordings[number]
+            half = (times_s[-1] - times_s[0]) / 2
+            room_s = max(recording.duration_s - 2 * half, 0.0)
+            start = half + (moment % room_s if room_s > 0 else 0.0)
+            return play(
+                recording,
+                self._body,
+                person.betas,
+                times_s=times_s + start,
+                position_m=step.position_m,
+                heading_deg=step.heading_deg,
+            )
+
+        def walked(heading_deg: float, since_s: float) -> Motion:
+            return walk(
+                self._body,
+                person.betas,
+                step.gait,
+                times_s=times_s - since_s,
+                position_m=step.position_m,
+                heading_deg=heading_deg,
+                turn_deg_per_m=step.turn_deg_per_m,
+                phase=person.phase,
+            )
+
+        if step.turns_back_s is None:
+            motion = walked(step.heading_deg, 0.0)
         else:
-            array = pa.array(columns[field.name], field.type)
-        arrays.append(array)
-    return pa.Table.from_arrays(arrays, schema=TRUTH)
+            there = walked(step.heading_deg, step.turns_back_s)
+            back = walked(step.heading_deg + 180, step.turns_back_s)
+            motion = there.until(torch.from_numpy(times_s < step.turns_back_s), back)
+        if step.busy == 0:
+            return motion
+        rng = np.random.default_rng([person.seed, shot_id])
+        still = step.gait.stride == 0
+        return act(self._body, person.betas, motion, times_s, rng, busy=step.busy, still=still)
+
+    def _pose(
+        self, cameras: list[Camera], person: _Person, motion: Motion, num_pictures: int
+    ) -> _Posed:
+        betas = person.betas.expand(len(cameras), -1)
+        out = self._body(motion.global_orient, motion.body_pose, betas)
+        normals = vertex_normals(out.vertices, self._faces)
+        transl = motion.transl_m[:, None]
+        dressed = out.vertices + transl + normals * person.thickness_m[:, None]
+
+        truth = slice(num_pictures // 2, None, num_pictures)  # the middle of the exposure
+        shown = cameras[truth]
+        rotation = torch.stack([camera.rotation for camera in shown])  # (T, 3, 3)
+        eye = torch.tensor([camera.position_m for camera in shown])[:, None]
+
+        def to_camera(points_m: Tensor) -> Tensor:
+            return (points_m - eye) @ rotation.mT
+
+        # The model turns about its pelvis, so the camera's turn moves everything but the pelvis.
+        pelvis = out.joints[truth, :1]
+        cam_t = to_camera(pelvis + transl[truth]) - pelvis  # (T, 1, 3)
+        keypoints_cam = to_camera(out.keypoints_3d[truth] + transl[truth])
+        vertices_cam = to_camera(dressed[truth])
+        pixels = shown[0].project(vertices_cam)
+        low, high = pixels.amin(dim=1), pixels.amax(dim=1)
+        last = torch.tensor(self._size_wh) - 1
+        meets = ((high > 0) & (low < last)).all(dim=1)
+        in_picture = (vertices_cam[..., 2].amin(dim=1) > MIN_DEPTH_M) & meets
+        columns = {
+            "bbox_xyxy_px": torch.cat([low.clamp(min=0), torch.minimum(high, last)], dim=1),
+            "keypoints_2d_px": shown[0].project(keypoints_cam),
+            "keypoints_3d_m": keypoints_cam - cam_t,
+            "global_orient": rotation[:, None] @ motion.global_orient[truth],
+            "body_pose": motion.body_pose[truth],
+            "betas": betas[truth],
+            "cam_t_m": cam_t[:, 0],
+        }
+        return _Posed(
+            vertices_m=dressed,
+            normals=normals,
+            in_picture=in_picture.numpy(),
+            columns={name: value.numpy() for name, value in columns.items()},
+        )
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors) if tensors else torch.zeros(0, 0, 3)
+
+
+def _truth_table(
+    rows: list[dict[str, NDArray[Any]]],
+    video_id: str,
+    image_size_wh: tuple[int, int],
+    body_model: str,
+) -> pa.Table:
+    """The rows of one clip as the table `tracks`, in its order."""
+    rows = [part for part in rows if len(part["frame_index"])]
+    if not rows:
+        return arrow_schema("tracks").empty_table()
+    columns = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+    order = np.lexsort((columns["track_id"], columns["frame_index"]))
+    columns = {name: value[order] for name, value in columns.items()}
+    seen = columns["score"] >= MIN_VISIBLE_FRACTION
+    frame = columns["frame_index"]
+    keep = np.zeros(len(frame), bool)
+    since = np.zeros(len(frame), np.int64)
+    for track in np.unique(columns["track_id"]):
+        for shot in np.unique(columns["shot_id"]):
+            mine = np.flatnonzero((columns["track_id"] == track) & (columns["shot_id"] == shot))
+            shown = mine[seen[mine]]
+            if len(shown) == 0:
+                continue
+            inside = mine[(mine >= shown[0]) & (mine <= shown[-1])]
+            keep[inside] = True
+            last = shown[np.searchsorted(shown, inside, side="right") - 1]
+            since[inside] = frame[inside] - frame[last]
+    columns = {name: value[keep] for name, value in columns.items()}
+    seen, since = seen[keep], since[keep]
+    hits, track_len = np.zeros(len(seen), np.int64), np.zeros(len(seen), np.int64)
+    for track in np.unique(columns["track_id"]):
+        mine = columns["track_id"] == track
+        hits[mine] = np.cumsum(seen[mine])
+        track_len[mine] = mine.sum()
+    return make_table(
+        "tracks",
+        columns
+        | {
+            "dataset": DATASET,
+            "video_id": video_id,
+            "pts_s": columns["frame_index"] / FPS,
+            "state": np.where(seen, "detected", "predicted").tolist(),
+            "frames_since_seen": since,
+            "score": np.where(seen, columns["score"], np.nan).astype(np.float32),
+            "principal_point_px": np.array(image_size_wh, np.float32) / 2,
+            "image_size_px": np.array(image_size_wh),
+            "hits": hits,
+            "track_len": track_len,
+            "weights": "given",
+            "body_model": body_model,
+            "model_fingerprint": "truth",
+        },
+    )
 
 
 def _encode(path: Path, frames: Iterator[U8], image_size_wh: tuple[int, int]) -> None:

@@ -208,7 +208,8 @@ def _tremble(times_s: F64, rng: np.random.Generator) -> F64:
     size[0] = 0.02
     size[[1, 2, 4, 5, 7, 8, 10, 11]] *= 0.3
     angle = 2 * np.pi * rate * times_s[:, None, None, None] + phase
-    return np.sin(angle).sum(axis=1) * size
+    tremble: F64 = np.sin(angle).sum(axis=1) * size
+    return tremble
 
 
 def act(

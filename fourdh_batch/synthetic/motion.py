@@ -101,6 +101,14 @@ class Motion:
     def __getitem__(self, frames: slice) -> Motion:
         return Motion(self.global_orient[frames], self.body_pose[frames], self.transl_m[frames])
 
+    def until(self, here: Tensor, other: Motion) -> Motion:
+        """This motion in the frames `here` (T,) bool, another one of equal length elsewhere."""
+        return Motion(
+            torch.where(here[:, None, None, None], self.global_orient, other.global_orient),
+            torch.where(here[:, None, None, None], self.body_pose, other.body_pose),
+            torch.where(here[:, None], self.transl_m, other.transl_m),
+        )
+
 
 def gait_pose(phase: F64, gait: Gait) -> F64:
     """Rotations of the root and the 23 joints in the walk, facing +z.
