@@ -157,34 +157,25 @@ class SmplBody(nn.Module):
         self.register_buffer("_landmarks", torch.from_numpy(landmarks), persistent=False)
         self.register_buffer("_openpose", torch.tensor(OPENPOSE_SOURCES), persistent=False)
 
-        # The part of the surface that keypoints touch, and joints straight from the betas.
+        # The part of the surface that keypoints touch.
         rows = np.union1d(landmarks, np.flatnonzero(joint_regressor_extra.any(axis=0)))
-        self._keep("_part_template", v_template[rows])
-        self._keep("_part_shapedirs", shapedirs[rows])
-        self._keep("_part_posedirs", _pose_matrix(posedirs[rows]))
-        self._keep("_part_weights", weights[rows])
+        self._part = self.part(rows)
         self._keep("_part_regressor", joint_regressor_extra[:, rows])
         self.register_buffer(
             "_part_landmarks", torch.from_numpy(np.searchsorted(rows, landmarks)), persistent=False
         )
-        regressor = J_regressor.astype(np.float64)
-        self._keep("_joint_template", regressor @ v_template)
-        self._keep("_joint_shapedirs", np.einsum("jv,vcl->jcl", regressor, shapedirs))
 
     _landmarks: Tensor
     _openpose: Tensor
-    _part_template: Tensor
-    _part_shapedirs: Tensor
-    _part_posedirs: Tensor
-    _part_weights: Tensor
     _part_regressor: Tensor
     _part_landmarks: Tensor
-    _joint_template: Tensor
-    _joint_shapedirs: Tensor
 
     def _keep(self, name: str, array: NDArray[np.floating[Any]]) -> None:
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-        self.register_buffer(name, tensor, persistent=False)
+        _keep(self, name, array)
+
+    def part(self, rows: I64) -> BodyPart:
+        """The vertices `rows` (n,) alone, to be posed at a fraction of the work."""
+        return BodyPart(self, rows)
 
     def forward(self, global_orient: Tensor, body_pose: Tensor, betas: Tensor) -> BodyOutput:
         """Poses the whole surface.
@@ -225,19 +216,7 @@ class SmplBody(nn.Module):
         num_people = len(betas)
         if num_people == 0:
             return betas.new_empty(0, NUM_KEYPOINTS, 3)
-        rotmats = torch.cat([global_orient, body_pose], dim=1)  # (B, 24, 3, 3)
-        rest_joints = self._joint_template + smplx.lbs.blend_shapes(betas, self._joint_shapedirs)
-        joints, transforms = smplx.lbs.batch_rigid_transform(rotmats, rest_joints, self.parents)
-        identity = torch.eye(3, dtype=betas.dtype, device=betas.device)
-        pose_features = (body_pose - identity).reshape(num_people, NUM_POSE_FEATURES)
-        part = (
-            self._part_template
-            + smplx.lbs.blend_shapes(betas, self._part_shapedirs)
-            + (pose_features @ self._part_posedirs).view(num_people, -1, 3)
-        )
-        affine = transforms[:, :, :3, :].reshape(num_people, NUM_JOINTS, 12)
-        affine = (self._part_weights @ affine).view(num_people, -1, 3, 4)
-        part = (affine[..., :3] @ part[..., None])[..., 0] + affine[..., 3]  # (B, rows, 3)
+        part, joints = self._part(global_orient, body_pose, betas)
         return self._gather(joints, part[:, self._part_landmarks], self._part_regressor, part)
 
     def _gather(
@@ -247,6 +226,58 @@ class SmplBody(nn.Module):
         raw = torch.cat([joints, landmarks], dim=1)  # (B, 45, 3)
         regressed = smplx.lbs.vertices2joints(regressor, surface)  # (B, 19, 3)
         return torch.cat([raw[:, self._openpose], regressed], dim=1)
+
+
+class BodyPart(nn.Module):
+    """Some vertices of a body, posed without the others; see `SmplBody.part`."""
+
+    template: Tensor
+    _shapedirs: Tensor
+    _posedirs: Tensor
+    _weights: Tensor
+    _joint_template: Tensor
+    _joint_shapedirs: Tensor
+
+    def __init__(self, body: SmplBody, rows: I64) -> None:
+        super().__init__()
+        self.parents = body.parents
+        shapedirs = body.shapedirs.numpy()
+        posedirs = body.posedirs.numpy().reshape(NUM_POSE_FEATURES, NUM_VERTICES, 3)
+        _keep(self, "template", body.v_template.numpy()[rows])
+        _keep(self, "_shapedirs", shapedirs[rows])
+        _keep(self, "_posedirs", posedirs[:, rows].reshape(NUM_POSE_FEATURES, -1))
+        _keep(self, "_weights", body.lbs_weights.numpy()[rows])
+        # Joints straight from the betas.
+        regressor = body.J_regressor.numpy().astype(np.float64)
+        _keep(self, "_joint_template", regressor @ body.v_template.numpy())
+        _keep(self, "_joint_shapedirs", np.einsum("jv,vcl->jcl", regressor, shapedirs))
+
+    def forward(
+        self, global_orient: Tensor, body_pose: Tensor, betas: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The vertices (B, n, 3) and the joints (B, 24, 3), metres.
+
+        Args: as `SmplBody.forward`.
+        """
+        num_people = len(betas)
+        rotmats = torch.cat([global_orient, body_pose], dim=1)  # (B, 24, 3, 3)
+        rest_joints = self._joint_template + smplx.lbs.blend_shapes(betas, self._joint_shapedirs)
+        joints, transforms = smplx.lbs.batch_rigid_transform(rotmats, rest_joints, self.parents)
+        identity = torch.eye(3, dtype=betas.dtype, device=betas.device)
+        pose_features = (body_pose - identity).reshape(num_people, NUM_POSE_FEATURES)
+        part = (
+            self.template
+            + smplx.lbs.blend_shapes(betas, self._shapedirs)
+            + (pose_features @ self._posedirs).view(num_people, -1, 3)
+        )
+        affine = transforms[:, :, :3, :].reshape(num_people, NUM_JOINTS, 12)
+        affine = (self._weights @ affine).view(num_people, -1, 3, 4)
+        return (affine[..., :3] @ part[..., None])[..., 0] + affine[..., 3], joints
+
+
+def _keep(module: nn.Module, name: str, array: NDArray[np.floating[Any]]) -> None:
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    module.register_buffer(name, tensor, persistent=False)
 
 
 def load_body(

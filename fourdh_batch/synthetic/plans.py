@@ -213,7 +213,7 @@ def _draw_shot(
     num_frames: float,
 ) -> ShotPlan:
     many = cast > 4
-    distance = float(rng.uniform(7.5, 9.5) if many else rng.uniform(4.8, 6.8))
+    distance = float(rng.uniform(6.6, 8.2) if many else rng.uniform(4.8, 6.8))
     zoom = float(rng.uniform(1.8, 2.3))
     half_width = distance / (1.5 * zoom)  # of a picture of 4:3, at z = 0
     half_time = num_frames / FPS / 2

@@ -101,7 +101,7 @@ def test_open_body_equals_reference() -> None:
 
 def test_keypoints_of_the_open_body_touch_few_vertices() -> None:
     """What makes `keypoints_3d` an order of magnitude cheaper than `forward`."""
-    assert len(load_body()._part_template) < 6890 / 20
+    assert len(load_body()._part.template) < 6890 / 20
 
 
 @pytest.mark.shared

@@ -23,6 +23,7 @@ runner = CliRunner()
         ["plan"],
         ["show"],
         ["evaluate"],
+        ["synthesize"],
         ["doctor"],
         ["settings"],
         ["weights", "import"],
@@ -65,6 +66,18 @@ def test_show_names_the_videos_that_there_are(tmp_path: Path) -> None:
     result = runner.invoke(app, ["show", str(tmp_path / "nowhere"), "x.mp4"])
     assert result.exit_code in (1, 2)
     assert "nowhere" in result.output
+
+
+def test_synthesize_writes_a_corpus_with_its_truth(tmp_path: Path) -> None:
+    words = ["--clips", "1", "--seed", "2", "--frames", "6", "--height", "72"]
+    result = runner.invoke(app, ["synthesize", str(tmp_path), *words])
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("boxes.parquet", "drawn_00000.mp4", "sheet.png", "truth.parquet"),
+    ]
+    result = runner.invoke(app, ["synthesize", str(tmp_path), "--motion", "/nowhere"])
+    assert result.exit_code == 2
+    assert "expected a folder" in result.output
 
 
 def test_weights_check_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:

@@ -224,3 +224,24 @@ def test_a_gpu_sees_the_same() -> None:
         image_size_hw=SIZE_HW,
     )
     assert torch.equal(depth, there.depth)
+
+
+def test_a_closed_body_needs_only_the_faces_that_face_the_camera() -> None:
+    corners = torch.tensor(
+        [[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)]
+    )
+    outwards = torch.tensor(
+        [
+            *([0, 1, 3], [0, 3, 2], [4, 6, 7], [4, 7, 5], [0, 4, 5], [0, 5, 1]),
+            *([2, 3, 7], [2, 7, 6], [0, 2, 6], [0, 6, 4], [1, 5, 7], [1, 7, 3]),
+        ]
+    )
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+    turn *= torch.linalg.det(turn).sign()
+    cube = (corners @ turn.T + torch.tensor([0.2, 0.1, 4.0]))[None]
+    everything, facing = draw(cube, outwards), draw(cube, outwards, facing_only=True)
+    assert (everything.face_index >= 0).any()
+    assert torch.equal(everything.depth, facing.depth)
+    assert torch.equal(everything.face_index, facing.face_index)
+    inside_out = draw(cube, outwards.flip(1), facing_only=True)
+    assert (inside_out.depth[inside_out.face_index >= 0].mean() > 4).all()  # the far sides
