@@ -141,7 +141,8 @@ def load_recording(path: str | Path, *, up: UpAxis | None = None) -> Recording:
         path: an ``.npz`` with `poses` (T, 72, 156 or 165) axis-angle, `trans` (T, 3) and
             `mocap_framerate` or `mocap_frame_rate` (AMASS); or with `global_orient_axis_angle`
             (T, 3), `body_pose_axis_angle` (T, 23, 3), `transl_m` (T, 3) and `fps`; or a ``.bvh``.
-        up: the file's vertical axis; None: z for AMASS, y for the others.
+        up: the file's vertical axis; None: z for AMASS, y for the other npz, and for a
+            BVH the one along which its people stand.
     Raises:
         MotionError: the file is not of these forms; says where.
     """
@@ -150,7 +151,7 @@ def load_recording(path: str | Path, *, up: UpAxis | None = None) -> Recording:
     if suffix == ".npz":
         recording, is_up = _read_npz(path)
     elif suffix == ".bvh":
-        recording, is_up = _read_bvh(path), "y"
+        recording, is_up = _read_bvh(path)
     else:
         raise MotionError(f"{path}: expected .npz or .bvh, got {path.suffix or 'no suffix'}")
     if (up or is_up) == "y":
@@ -301,7 +302,7 @@ class _Lines:
         return values
 
 
-def _read_bvh(path: Path) -> Recording:
+def _read_bvh(path: Path) -> tuple[Recording, UpAxis]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -326,7 +327,16 @@ def _read_bvh(path: Path) -> Recording:
     for j in range(1, NUM_JOINTS):
         local[:, j] = rotations[:, SMPL_PARENTS[j]].swapaxes(-1, -2) @ rotations[:, j]
     pose = Rotation.from_matrix(local.reshape(-1, 3, 3)).as_rotvec().reshape(-1, NUM_JOINTS, 3)
-    return Recording(path.name, pose, positions[:, place[0]] * scale, 1 / frame_s)
+    recording = Recording(path.name, pose, positions[:, place[0]] * scale, 1 / frame_s)
+    standing = _upwards(place, positions).mean(axis=0)
+    return recording, "z" if abs(standing[2]) > abs(standing[1]) else "y"
+
+
+def _upwards(place: dict[int, int], positions: F64) -> F64:
+    """(T, 3) from the ankles to the shoulders."""
+    shoulders = positions[:, [place[16], place[17]]].mean(axis=1)
+    direction: F64 = shoulders - positions[:, [place[7], place[8]]].mean(axis=1)
+    return direction
 
 
 def _hierarchy(lines: _Lines) -> list[_Joint]:
@@ -400,9 +410,7 @@ def _forward(joints: list[_Joint], values: F64) -> tuple[F64, F64]:
             if channel.endswith("rotation"):  # channels turn from left to right
                 turn = Rotation.from_euler(axis, values[:, k, None], degrees=True).as_matrix()
                 local = local @ turn
-            elif joint.parent < 0:
-                offset[:, "xyz".index(axis)] = values[:, k] + joint.offset["xyz".index(axis)]
-            else:  # of an inner joint they replace the offset (Mixamo writes them so)
+            else:  # positions stand in place of the offset (LaFAN1's roots, Mixamo's joints)
                 offset[:, "xyz".index(axis)] = values[:, k]
         if joint.parent < 0:
             rotations[:, i], positions[:, i] = local, offset
@@ -462,7 +470,8 @@ def _alignment(
     which its limbs differ from it. Otherwise (LaFAN1: every bone along its own x) the axes follow
     from the bones and from the axes about which knees and elbows are seen to bend.
     """
-    facing = _frame(np.array([0.0, 1, 0]), zero[place[1]] - zero[place[2]])
+    up = np.abs(_upwards(place, zero[None])[0]).argmax()
+    facing = _frame(np.eye(3)[up], zero[place[1]] - zero[place[2]])
     limbs = [
         (joint, _unit(zero[place[end]] - zero[place[joint]]), facing @ np.array(way))
         for joint, end, way in LIMBS

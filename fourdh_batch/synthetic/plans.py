@@ -249,7 +249,7 @@ def _draw_shot(
         add(rng.uniform(-0.2, 0.2), lanes.pop(0), -way * 90 + rng.normal(0, 6))
     if {"occlusion", "long_occlusion"} & features and len(steps) < cast:
         is_long = "long_occlusion" in features
-        wide = rng.uniform(0.95, 1.25) if is_long else rng.uniform(0.4, 0.7)
+        wide = rng.uniform(1.15, 1.45) if is_long else rng.uniform(0.4, 0.7)
         x, near = rng.uniform(-0.3, 0.3) * half_width, 0.95
         colour = tuple(rng.uniform(0.25, 0.8, 3).tolist())
         size = (float(wide), float(rng.uniform(2.1, 2.8)), 0.3)

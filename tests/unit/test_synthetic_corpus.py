@@ -19,6 +19,7 @@ from fourdh_batch.synthetic.motion import Gait
 from fourdh_batch.synthetic.plans import (
     CLIPS,
     FEATURES,
+    FPS,
     ClipPlan,
     ShotPlan,
     Step,
@@ -328,7 +329,8 @@ def test_plans_are_drawn_by_seed_and_show_what_was_asked_for() -> None:
     assert list(drawn)[3] == "drawn_00003"
 
 
-@pytest.mark.parametrize("feature", ["crossing", "reentry"])
+@pytest.mark.slow
+@pytest.mark.parametrize("feature", ["crossing", "long_occlusion", "reentry", "scale"])
 def test_a_drawn_clip_shows_its_feature(body: SmplBody, tmp_path: Path, feature: str) -> None:
     clips = {"a": draw_plan(3, 1, features=[feature])}
     make_corpus(tmp_path, body, clips=clips, image_size_wh=(96, 72))
@@ -338,8 +340,13 @@ def test_a_drawn_clip_shows_its_feature(body: SmplBody, tmp_path: Path, feature:
         both = by_track[0].merge(by_track[1], on="frame_index")
         side = stacked(both, "bbox_xyxy_px_x", 4)[:, 0] - stacked(both, "bbox_xyxy_px_y", 4)[:, 0]
         assert side[0] * side[-1] < 0
-    else:
+    elif feature == "long_occlusion":
+        assert max((mine["state"] == "predicted").sum() for mine in by_track.values()) > FPS // 2
+    elif feature == "reentry":
         assert max(np.diff(mine["frame_index"]).max() for mine in by_track.values()) > 8
+    else:
+        box = stacked(by_track[0], "bbox_xyxy_px", 4)
+        assert np.ptp(box[:, 3] - box[:, 1]) > 0.25 * (box[:, 3] - box[:, 1]).min()
 
 
 def test_the_same_seed_gives_the_same_bytes(body: SmplBody, tmp_path: Path) -> None:

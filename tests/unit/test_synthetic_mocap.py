@@ -192,6 +192,28 @@ def test_a_bvh_whose_bones_lie_along_their_own_x_gives_back_the_motion(
     assert error[:, :22].mean() < 15
 
 
+def test_a_bvh_with_z_up_is_turned_upright(tmp_path: Path, pose: F64, rest: F64) -> None:
+    z_up = Rotation.from_euler("x", 90, degrees=True)
+    axes = {j: z_up.inv().as_matrix() for j in CMU_NAMES}  # columns: the file's x, y, z here
+    file = write_bvh(
+        tmp_path / "z.bvh", pose, rest, path_of(FRAMES),
+        names=CMU_NAMES, order="zxy", unit_m=0.01, axes=axes,
+    )  # fmt: skip
+    lines = file.read_text().splitlines()
+    first = lines.index("MOTION") + 3
+    for k in range(first, len(lines)):  # the world, too, has z up
+        numbers = np.array(lines[k].split(), float)
+        numbers[:3] = z_up.apply(numbers[:3])
+        root = Rotation.from_euler("ZXY", numbers[3:6], degrees=True)
+        numbers[3:6] = (z_up * root).as_euler("ZXY", degrees=True)
+        lines[k] = " ".join(map(str, numbers))
+    file.write_text("\n".join(lines))
+    recording = load_recording(file)
+    error = degrees_between(world_rotations(recording.pose), world_rotations(pose))
+    assert error[:, [0, 3, 6, 9, 12, 15]].max() < 0.1
+    np.testing.assert_allclose(recording.pelvis_m, path_of(FRAMES), atol=0.01)
+
+
 def test_every_joint_name_stands_once() -> None:
     for side in ("left", "right"):
         names = [n for j, group in BVH_NAMES.items() for n in group if j not in (13, 14)]
