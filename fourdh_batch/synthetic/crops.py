@@ -38,6 +38,7 @@ FINE_JOINTS = (7, 8, 10, 11, 12, 15, 20, 21, 22, 23)
 VIEW_SIZE_WH = (240, 180)  # of the places behind the people
 VIEWS_PER_PLACE = 4
 
+GRAIN_CROPS = 12
 COMPANION_SHARE = 0.3  # of the crops with a second person in front or behind
 THING_SHARE = 0.3  # with something in front
 WAIST_SHARE = 0.12  # that end somewhere between waist and knees
@@ -176,6 +177,8 @@ class CropStudio:
         dressed = [wardrobe.dress(outfit) for outfit in random_outfits(rng, num_outfits)]
         self._colours = torch.stack([colours[rows] for colours, _ in dressed])
         self._thickness = torch.stack([thickness[rows] for _, thickness in dressed])
+        grain = rng.standard_normal(GRAIN_CROPS * 3 * size_hw[0] * size_hw[1], np.float32)
+        self._grain = torch.from_numpy(grain)  # drawn once: every crop takes a stretch of it
         self._views = torch.cat([_views(rng) for _ in range(num_places)])  # (n, 3, h, w)
 
     @torch.no_grad()
@@ -318,7 +321,7 @@ class CropStudio:
             if self._fine > 1
             else (rgb.permute(0, 3, 1, 2))
         )
-        return np.stack([_expose(small[i], rng) for i, rng in enumerate(rngs)]), depth
+        return np.stack([_expose(small[i], self._grain, rng) for i, rng in enumerate(rngs)]), depth
 
     def _behind(self, rng: np.random.Generator, size_hw: tuple[int, int]) -> Tensor:
         """(H, W, 3) a piece of a place."""
@@ -420,8 +423,8 @@ def _views(rng: np.random.Generator) -> Tensor:
     return torch.stack([room.view(camera).rgb.permute(2, 0, 1) for camera in cameras])
 
 
-def _expose(rgb: Tensor, rng: np.random.Generator) -> U8:
-    """(H, W, 3) uint8 of (3, H, W): blur, gain, contrast, noise."""
+def _expose(rgb: Tensor, grain: Tensor, rng: np.random.Generator) -> U8:
+    """(H, W, 3) uint8 of (3, H, W): blur, gain, contrast, noise out of `grain` (n,)."""
     kind = rng.random()
     if kind < 0.12:  # moves while the shutter is open
         length = int(rng.integers(1, 3)) * 2 + 1
@@ -432,7 +435,9 @@ def _expose(rgb: Tensor, rng: np.random.Generator) -> U8:
         small = F.avg_pool2d(rgb[None], 2)
         rgb = F.interpolate(small, rgb.shape[1:], mode="bilinear", align_corners=False)[0]
     gain = torch.from_numpy(rng.normal(1, 0.04, 3) * np.exp(rng.normal(0, 0.15))).float()
-    rgb = (rgb * gain[:, None, None]).clamp(0, 1) ** float(np.exp(rng.normal(0, 0.12)))
-    noise = rng.standard_normal(rgb.shape, np.float32) * np.float32(rng.uniform(0, 0.03))
-    bright = (rgb + torch.from_numpy(noise)).clamp(0, 1) * 255
+    rgb = (rgb * gain[:, None, None]).clamp(0, 1)
+    rgb = rgb + rgb * (1 - rgb) * float(rng.normal(0, 0.15))
+    first = int(rng.integers(len(grain) - rgb.numel()))
+    noise = grain[first : first + rgb.numel()].view_as(rgb) * float(rng.uniform(0, 0.03))
+    bright = (rgb + noise).clamp(0, 1) * 255
     return bright.round().byte().permute(1, 2, 0).numpy()
