@@ -2,8 +2,8 @@
 
 A model process sleeps `SERVICE_S` per frame and finds nobody, so that sixteen of them fit on a
 small machine; decoders, trackers, rows, scheduler and storage are the real ones. Busy is the share
-of the time between the moment when the last process has begun and the moment when the first one has
-nothing left: before that models load, behind it there is too little work for all.
+of the time between the moment when the last process has made some calls and the moment when the first
+one has nothing left: before that processes start, behind it there is too little work for all.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from tests.media import write_video
 SERVICE_S = 1 / 5  # per frame; so slow that two cores decode for sixteen
 CLIP_FRAMES = 32  # one chunk
 CLIPS_PER_UNIT = 4
-CLIPS_PER_ACTOR = 16
-LOG = "FOURDH_PLAYED_GPU"
+CLIPS_PER_ACTOR = {1: 16, 4: 24, 16: 48}  # by processes: longer than all of them take to start
+WARM_UP = 6  # calls of each; until then processes start
+LOG, SERVICE = "FOURDH_PLAYED_GPU", "FOURDH_PLAYED_GPU_S"
 
 
 class PlayedEngine:
@@ -40,7 +41,7 @@ class PlayedEngine:
 
     def run(self, chunks: Sequence[FrameChunk]) -> list[ChunkResult]:
         start = time.time()
-        time.sleep(SERVICE_S * sum(chunk.num_frames for chunk in chunks))
+        time.sleep(float(os.environ[SERVICE]) * sum(chunk.num_frames for chunk in chunks))
         with (Path(os.environ[LOG]) / f"{os.getpid()}").open("a") as log:
             log.write(f"{start} {time.time()}\n")
         return [
@@ -89,7 +90,7 @@ PlayedActor: Any = ray.remote(max_restarts=0, max_task_retries=0)(PlayedWorker)
 def busy_share(folder: Path) -> float:
     """Of all processes together, in the time when all had work."""
     spans = [np.loadtxt(path, ndmin=2) for path in folder.iterdir()]
-    start, stop = max(s[0, 0] for s in spans), min(s[-1, 1] for s in spans)
+    start, stop = max(s[WARM_UP, 0] for s in spans), min(s[-1, 1] for s in spans)
     busy = sum(
         np.clip(np.minimum(s[:, 1], stop) - np.maximum(s[:, 0], start), 0, None).sum()
         for s in spans
@@ -97,12 +98,20 @@ def busy_share(folder: Path) -> float:
     return float(busy / (len(spans) * (stop - start)))
 
 
-def measure(folder: Path, num_actors: int, clip: Path) -> tuple[float, float]:
-    """Busy share, and seconds of the driver's own processor time per unit."""
-    place = folder / f"{num_actors}"
+def measure(
+    folder: Path,
+    num_actors: int,
+    clip: Path,
+    *,
+    num_clips: int,
+    clips_per_unit: int = CLIPS_PER_UNIT,
+    service_s: float = SERVICE_S,
+) -> tuple[float, float, int]:
+    """Busy share, seconds of the driver's own processor time, and units."""
+    place = folder / f"{num_actors}-{num_clips}"
     (place / "in").mkdir(parents=True)
     (place / "log").mkdir()
-    for k in range(num_actors * CLIPS_PER_ACTOR):
+    for k in range(num_clips):
         shutil.copy(clip, place / "in" / f"{k:04d}.mp4")
     words = [
         f"input={place / 'in'}",
@@ -115,10 +124,10 @@ def measure(folder: Path, num_actors: int, clip: Path) -> tuple[float, float]:
         f"cluster.gpu_actors={num_actors}",
         "cluster.cpus_per_actor=0.01",
         "cluster.cpus_per_decoder=0.01",
-        f"cluster.videos_per_unit={CLIPS_PER_UNIT}",
+        f"cluster.videos_per_unit={clips_per_unit}",
         "plan.videos_per_shard=32",
     ]
-    environment = {"env_vars": {LOG: str(place / "log")}}
+    environment = {"env_vars": {LOG: str(place / "log"), SERVICE: str(service_s)}}
     ray.init(
         address="local",
         num_cpus=2,
@@ -135,18 +144,32 @@ def measure(folder: Path, num_actors: int, clip: Path) -> tuple[float, float]:
     finally:
         ray.shutdown()
     assert report.exit_code == 0
-    assert report.frames_run == num_actors * CLIPS_PER_ACTOR * CLIP_FRAMES
-    return busy_share(place / "log"), spent / report.num_units
+    assert report.frames_run == num_clips * CLIP_FRAMES
+    return busy_share(place / "log"), spent, report.num_units
+
+
+def noise_clip(folder: Path) -> Path:
+    """A clip of `CLIP_FRAMES` frames."""
+    frames = np.random.default_rng(0).integers(0, 255, (CLIP_FRAMES, 2, 2, 3), dtype=np.uint8)
+    return write_video(folder / "clip.mp4", frames.repeat(32, 1).repeat(32, 2), gop=64)
+
+
+def driver_seconds_per_unit(folder: Path) -> float:
+    """Processor time of the driver for one more unit, by two jobs of different length."""
+    clip = noise_clip(folder)
+    options: dict[str, Any] = {"clips_per_unit": 1, "service_s": 0.0}
+    _, short_s, few = measure(folder, 1, clip, num_clips=30, **options)
+    _, long_s, many = measure(folder, 1, clip, num_clips=230, **options)
+    return (long_s - short_s) / (many - few)
 
 
 def run() -> list[dict[str, Any]]:
     figures = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        frames = np.random.default_rng(0).integers(0, 255, (CLIP_FRAMES, 2, 2, 3), dtype=np.uint8)
-        clip = write_video(folder / "clip.mp4", frames.repeat(32, 1).repeat(32, 2), gop=64)
-        for num_actors in (1, 4, 16):
-            busy, per_unit = measure(folder, num_actors, clip)
+        clip = noise_clip(folder)
+        for num_actors, clips in CLIPS_PER_ACTOR.items():
+            busy, _, _ = measure(folder, num_actors, clip, num_clips=num_actors * clips)
             figures.append(
                 {
                     "what": f"{num_actors} model processes at {1 / SERVICE_S:g} frames/s: busy",
@@ -154,7 +177,4 @@ def run() -> list[dict[str, Any]]:
                     "unit": "%",
                 }
             )
-    figures.append(
-        {"what": "driver, processor time per unit", "value": 1000 * per_unit, "unit": "ms"}
-    )
     return figures

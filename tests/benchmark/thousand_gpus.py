@@ -1,8 +1,8 @@
 """What a thousand GPUs would ask of the driver and of the object store, from what is measured here.
 
 Counted: requests to the store, on a real run of one shard in one process. Timed: the driver's own
-processor time per unit (`scheduling` prints it; `measure` is the same). The rest is arithmetic, on
-stated rates: what a GPU does is an assumption until one was measured.
+processor time for one more unit. The rest is arithmetic, on stated rates: what a GPU does is an
+assumption until one was measured.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 from fourdh_batch.config import ClusterConfig, load_config
 from fourdh_batch.pipeline.corpus import read_corpus
 from fourdh_batch.pipeline.engine import build_engine, model_card
 from fourdh_batch.pipeline.plan import Shard
 from fourdh_batch.pipeline.shard import process_shard
 from fourdh_batch.storage import Store
-from tests.benchmark.scheduling import CLIP_FRAMES, measure
-from tests.media import BoxCorpus, write_video
+from tests.benchmark.scheduling import driver_seconds_per_unit
+from tests.media import BoxCorpus
 
 NUM_GPUS = 1000
 FRAMES_PER_S = 600.0  # of one GPU: three people a frame at 60 % of an H200's 3,150 crops/s
@@ -99,10 +97,7 @@ def run() -> list[dict[str, Any]]:
     say("more per further video of a unit: PUT and GET", sum(per_video), "")
 
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        noise = np.random.default_rng(0).integers(0, 255, (CLIP_FRAMES, 2, 2, 3), dtype=np.uint8)
-        clip = write_video(folder / "clip.mp4", noise.repeat(32, 1).repeat(32, 2), gop=64)
-        _, unit_s = measure(folder, 4, clip)
+        unit_s = driver_seconds_per_unit(Path(name))
     say("driver, processor time per unit", 1000 * unit_s, "ms")
 
     default = ClusterConfig().checkpoint_frames
