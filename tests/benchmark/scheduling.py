@@ -2,8 +2,8 @@
 
 A model process sleeps `SERVICE_S` per frame and finds nobody, so that sixteen of them fit on a
 small machine; decoders, trackers, rows, scheduler and storage are the real ones. Busy is the share
-of the time between the moment when the last process has made some calls and the moment when the first
-one has nothing left: before that processes start, behind it there is too little work for all.
+of the time between the moment when the last process has made some calls and the moment when the
+first one has nothing left: before that processes start, behind it there is too little work for all.
 """
 
 from __future__ import annotations
