@@ -24,7 +24,8 @@ demo: $(STAMP) ## Make a small corpus, run the main job on it on CPU, show the t
 
 test: $(STAMP) ## Lint, types and tests (2 cores, no network, no GPU)
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/golden tests/property
+	$(BIN)/python -m pytest tests/integration tests/fault
 
 test-slow: $(STAMP) ## Only the slow tests: deaths and lost nodes, long videos, full ViT-H goldens
 	$(BIN)/python -m pytest -m slow

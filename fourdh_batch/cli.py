@@ -29,7 +29,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from fourdh_batch import __version__, logs
-from fourdh_batch.config import JobConfig, describe_settings, load_config, require
+from fourdh_batch.config import (
+    JobConfig,
+    TrainHmrConfig,
+    TrainPredictorConfig,
+    describe_settings,
+    load_config,
+    require,
+)
 from fourdh_batch.errors import ConfigError, FourdhError, ManifestError
 from fourdh_batch.evaluate.report import MISSING, PoseScores, Report, evaluate
 from fourdh_batch.evaluate.tracking import PROTOCOLS
@@ -527,6 +534,9 @@ def doctor() -> dict[str, Any]:
     return facts
 
 
+C = TypeVar("C", TrainHmrConfig, TrainPredictorConfig)
+
+
 class Job(Protocol):
     """What a job does once its settings are known; `cluster.run.run_job` is the main one."""
 
@@ -599,6 +609,50 @@ def job_main(
         return DONE
     words, as_json = [word for word in words if word != "--json"], "--json" in words
     return run_job(yaml, words, as_json=as_json, show_changes=show_changes, run=run)
+
+
+def training_main(
+    yaml: Path,
+    words: Sequence[str],
+    *,
+    description: str,
+    kind: type[C],
+    run: Callable[[C], None],
+) -> int:
+    """What a training script of `jobs/` does with its command line; returns the exit code.
+
+    Args:
+        yaml: the job's own defaults; a YAML file as first word goes before it.
+        words: the command line.
+        description: what `--help` says before the settings.
+        kind: of settings.
+        run: trains; then `training.json` lies in `output`.
+    """
+    if "-h" in words or "--help" in words:
+        typer.echo(f"{description.strip()}\n\nSettings; defaults may differ in {yaml.name}:\n")
+        typer.echo(describe_settings(kind))
+        return DONE
+
+    def call() -> int:
+        recipe, overrides = _split([word for word in words if word != "--json"])
+        config = load_config(recipe or yaml, overrides, kind)
+        require(config, "output")
+        logs.set_up(config.log.format)
+        run(config)
+        from fourdh_batch.training.loop import RECORD
+
+        record = json.loads(Store(config.output).read_bytes(RECORD))
+        if "--json" in words:
+            typer.echo(json.dumps(record))
+        else:
+            weights = f"{config.output.rstrip('/')}/{record['weights']}"
+            typer.echo(f"{weights} after {record['steps']} steps; held out:")
+            for name, value in record["held_out"].items():
+                typer.echo(f"  {name:32} {value:.4g}")
+        return DONE
+
+    signal.signal(signal.SIGTERM, _stop)
+    return _guarded(call, kept="the last checkpoint is kept")
 
 
 def benchmarks_main(yaml: Path, words: Sequence[str], *, description: str) -> int:
@@ -683,8 +737,13 @@ def _split(words: list[str] | None) -> tuple[str | None, list[str]]:
     return None, words
 
 
-def _guarded(call: Callable[[], int]) -> int:
-    """The exit code of a call; errors raised on purpose become one clear message."""
+def _guarded(call: Callable[[], int], kept: str = "finished videos are kept") -> int:
+    """The exit code of a call; errors raised on purpose become one clear message.
+
+    Args:
+        call: gives back an exit code.
+        kept: what is said when it is stopped.
+    """
     try:
         return call()
     except (ConfigError, ManifestError) as error:
@@ -701,7 +760,7 @@ def _guarded(call: Callable[[], int]) -> int:
         typer.echo(f"error: {redact(str(error))}", err=True)
         return FAIL
     except (KeyboardInterrupt, SystemExit):  # the latter from Ray's handler while it starts
-        typer.echo("stopped; finished videos are kept, the same command goes on", err=True)
+        typer.echo(f"stopped; {kept}, the same command goes on", err=True)
         return FAIL
 
 

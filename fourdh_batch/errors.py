@@ -4,6 +4,7 @@
     ├── ConfigError          stop: wrong or missing settings; all problems listed at once
     ├── ManifestError        stop: the corpus cannot be read; all problems listed at once
     ├── CheckpointError      stop: weights missing, or keys and shapes that do not fit
+    ├── TrainingError        stop: a loss is not finite, or there is nothing to train on
     ├── SchemaError          stop: a table that does not fit its schema
     ├── MotionError          stop: a file of motion capture that cannot be used
     ├── OutputInUseError     stop: another driver holds the output
@@ -49,6 +50,10 @@ class ManifestError(FourdhError, ValueError):
 
 class CheckpointError(FourdhError, ValueError):
     """Weights are missing or do not fit the model."""
+
+
+class TrainingError(FourdhError, RuntimeError):
+    """Training cannot go on."""
 
 
 class SchemaError(FourdhError, ValueError):

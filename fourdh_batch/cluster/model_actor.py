@@ -50,7 +50,7 @@ from fourdh_batch.types import FrameChunk
 
 logger = logging.getLogger(__name__)
 
-REPORT_S = 0.5  # between two reports of a unit's progress
+REPORT_S = 2.0  # between two reports of a unit's progress
 # What Ray raises where a node, its processes or what they hold cannot be reached: nobody's fault.
 LOST_WITH_A_NODE = (
     *(ActorUnavailableError, LocalRayletDiedError, NodeDiedError, ObjectLostError),

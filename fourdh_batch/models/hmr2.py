@@ -132,10 +132,18 @@ class Hmr2(nn.Module):
             raise ValueError(
                 f"crops: expected (B, 3, {CROP_PX}, {CROP_PX}), got {tuple(crops.shape)}"
             )
-        tokens = self.tokens(crops)
+        return self.read_out(self.tokens(crops), with_vertices=with_vertices)
+
+    def read_out(self, tokens: Tensor, *, with_vertices: bool = False) -> HmrOutput:
+        """Bodies of tokens: the head and all after it.
+
+        Args:
+            tokens: (B, N, D) float32 of the backbone.
+            with_vertices: see `forward`.
+        """
         with tf32(False):
             head = self.smpl_head(tokens)
-            rotmats = rot6d_to_rotmat(head.pose6d.view(len(crops), 1 + NUM_BODY_JOINTS, 6))
+            rotmats = rot6d_to_rotmat(head.pose6d.view(len(tokens), 1 + NUM_BODY_JOINTS, 6))
             pose = rotmats[:, :1], rotmats[:, 1:], head.betas
             vertices = None
             if with_vertices:
@@ -157,7 +165,7 @@ class Hmr2(nn.Module):
 
     def tokens(self, crops: Tensor) -> Tensor:
         """(B, 3, 256, 256) to (B, N, D) float32, in the precision of the model."""
-        image = crops[..., SIDE_MARGIN_PX : CROP_PX - SIDE_MARGIN_PX]
+        image = backbone_view(crops)
         precision = self.active_precision
         dtype = REDUCED_DTYPES.get(precision)
         if dtype is None:
@@ -193,6 +201,11 @@ class Hmr2(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         self._reduced.clear()
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def backbone_view(crops: Tensor) -> Tensor:
+    """(B, 3, 256, 256) to (B, 3, 256, 192): what the backbone sees of crops."""
+    return crops[..., SIDE_MARGIN_PX : CROP_PX - SIDE_MARGIN_PX]
 
 
 def _compile_blocks(backbone: ViT) -> None:

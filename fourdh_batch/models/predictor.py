@@ -123,6 +123,25 @@ class Attention(nn.Module):
         value[:, :num_keys] += to_out.bias  # the weights of a head, here the first, sum to one
         onto.baddbmm_(weights.transpose(1, 2), value)
 
+    def forward(self, tokens: Tensor, is_ignored: Tensor) -> Tensor:
+        """Every slot looks at every slot; with gradients, for training.
+
+        Args:
+            tokens: (K, L, D).
+            is_ignored: (K, L) slots that are no keys.
+
+        Returns:
+            (K, L, D).
+        """
+        num_tracks, length, _ = tokens.shape
+        qkv = self.to_qkv(tokens).view(num_tracks, length, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (K, A, L, G)
+        mask = torch.zeros_like(is_ignored, dtype=q.dtype).masked_fill(is_ignored, EMPTY_LOGIT)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask[:, None, None].expand(-1, -1, length, -1), scale=self.scale
+        )
+        return cast(Tensor, self.to_out(mixed.transpose(1, 2).flatten(2)))
+
     def of_few_queries(self, tokens: Tensor, queries: Tensor) -> Tensor:
         """Some slots look at all.
 
@@ -202,7 +221,7 @@ class IterativeSmplHead(nn.Module):
 class PoseTransformer(nn.Module):
     """The network (docs/PHALP.md, sections 5.3 and 5.4).
 
-    `freeze` must be called after the weights have been set.
+    `freeze` must be called after the weights have been set, before `tokens`.
     """
 
     conv_en_matrix: Tensor
@@ -234,6 +253,29 @@ class PoseTransformer(nn.Module):
                 )
             ]
         )
+
+    def forward(self, pose: Tensor, is_seen: Tensor) -> Tensor:
+        """Tokens of all slots, by the plain formulas and with gradients, for training.
+
+        Args:
+            pose: (K, L, 229) normalised pose vectors.
+            is_seen: (K, L) slots that have one; the others' numbers are not looked at.
+
+        Returns:
+            (K, L, D); `tokens` gives the same up to rounding.
+        """
+        encoded = self.pose_shape_encoder(pose)
+        tokens = torch.where(is_seen[..., None], encoded, self.mask_token.to(encoded.dtype))
+        tokens = tokens + self.pos_embedding_learned1
+        for norm, attention, feed_forward in self.transformer1.blocks():
+            tokens = tokens + attention(norm(tokens), ~is_seen)
+            tokens = tokens + feed_forward(tokens)
+        tokens = cast(Tensor, self.conv_de(self.conv_en(tokens.transpose(1, 2)))).transpose(1, 2)
+        tokens = tokens + self.pos_embedding_learned2
+        for norm, attention, feed_forward in self.transformer2.blocks():
+            tokens = tokens + attention(norm(tokens), torch.zeros_like(is_seen))
+            tokens = tokens + feed_forward(tokens)
+        return tokens
 
     @torch.no_grad()
     def freeze(self) -> PoseTransformer:

@@ -8,7 +8,8 @@ was never meant for hostile input, is not reached. Every other name ends the rea
 
 What comes out: numbers, strings, bytes, lists, tuples, dicts, sets, `numpy.ndarray`,
 NumPy scalars and dtypes, `scipy.sparse` csc, csr and coo matrices. Arrays hold numbers or strings;
-one of objects comes out as the numbers that it holds, or is refused. A chumpy object comes out as
+one of objects comes out as the numbers (or, without axes, the dict) that it holds, or is refused. A
+chumpy object comes out as
 the array that it holds, or as a `ChumpyFormula` where it would have to be computed.
 
 Results of pose engines are written by joblib: a pickle in which the bytes of every array stand
@@ -646,7 +647,11 @@ def _plain(value: object, done: dict[int, tuple[object, object]]) -> object:
     if isinstance(value, (tuple, set, frozenset)):
         result = type(value)(_plain(item, done) for item in value)
     elif isinstance(value, _Array) and value.objects is not None:
-        result = _array_of_objects(*value.objects)
+        shape, held = value.objects
+        if shape == () and isinstance(held, list) and len(held) == 1 and type(held[0]) is dict:
+            result = _plain(held[0], done)  # NumPy's way of holding a dict
+        else:
+            result = _array_of_objects(shape, held)
     elif isinstance(value, (_Array, _FromBuffer, _Scalar)):
         result = value.value
     elif isinstance(value, _Dtype):

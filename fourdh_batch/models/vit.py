@@ -8,6 +8,8 @@ Source: Goel et al., Humans in 4D, section 3.1; Xu et al., ViTPose.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,8 +62,15 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, both on residual branches.
+
+    Attributes:
+        drop_path: share of the crops for which a branch is left out, in training mode only.
+    """
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int) -> None:
         super().__init__()
+        self.drop_path = 0.0
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPSILON)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPSILON)
@@ -69,9 +78,16 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
-        tokens = tokens + self.attn(self.norm1(tokens))
-        mixed: Tensor = tokens + self.mlp(self.norm2(tokens))
+        tokens = tokens + self._kept(self.attn(self.norm1(tokens)))
+        mixed: Tensor = tokens + self._kept(self.mlp(self.norm2(tokens)))
         return mixed
+
+    def _kept(self, branch: Tensor) -> Tensor:
+        if not (self.training and self.drop_path):
+            return branch
+        keep = 1 - self.drop_path
+        is_kept = torch.rand(len(branch), 1, 1, device=branch.device) < keep
+        return branch * (is_kept / keep).to(branch.dtype)
 
 
 class ViT(nn.Module):
@@ -91,6 +107,11 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.last_norm = nn.LayerNorm(dim, eps=NORM_EPSILON)
+
+    def set_drop_path(self, last: float) -> None:
+        """Stochastic depth in training: 0 in the first block, rising linearly to `last`."""
+        for i, block in enumerate(self.blocks):
+            cast(Block, block).drop_path = last * i / max(len(self.blocks) - 1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, 256, 192) normalised RGB to (B, N, D), in the dtype of the weights."""

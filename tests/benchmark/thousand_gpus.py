@@ -7,7 +7,9 @@ assumption until one was measured.
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import ray
+
+from fourdh_batch.cluster.decoding import Journal
+from fourdh_batch.cluster.model_actor import REPORT_S
 from fourdh_batch.config import ClusterConfig, load_config
 from fourdh_batch.pipeline.corpus import read_corpus
 from fourdh_batch.pipeline.engine import build_engine, model_card
@@ -77,6 +83,39 @@ def split(calls: Counter[str]) -> tuple[int, int]:
     return puts, sum(n for verb, n in calls.items() if verb in GETS)
 
 
+@ray.remote(num_cpus=0)
+class _Units:
+    """Holds units that do not end."""
+
+    async def hold(self) -> None:
+        await asyncio.sleep(3600)
+
+
+def control_plane(num_units: int) -> tuple[float, float]:
+    """Reports that the journal takes a second, and seconds of one look at so many units."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        journal = Journal.remote()
+        ray.get(journal.snapshot.remote())
+        started = time.perf_counter()
+        for k in range(5000):
+            journal.report.remote(
+                f"0001-00001-0123abcd/video-{k % num_units}#{k % num_units}", 1, k
+            )
+        ray.get(journal.snapshot.remote())
+        reports_per_s = 5000 / (time.perf_counter() - started)
+        holders = [_Units.options(max_concurrency=1000).remote() for _ in range(2)]
+        refs = [holders[k % 2].hold.remote() for k in range(num_units)]
+        ray.wait(refs, timeout=1)
+        started = time.perf_counter()
+        for _ in range(20):
+            _, rest = ray.wait(refs, timeout=0)
+            ray.wait(rest, num_returns=len(rest), timeout=0)
+        return reports_per_s, (time.perf_counter() - started) / 20
+    finally:
+        ray.shutdown()
+
+
 def run() -> list[dict[str, Any]]:
     figures: list[dict[str, Any]] = []
 
@@ -99,6 +138,11 @@ def run() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         unit_s = driver_seconds_per_unit(Path(name))
     say("driver, processor time per unit", 1000 * unit_s, "ms")
+
+    reports_per_s, look_s = control_plane(2 * NUM_GPUS)
+    say("journal: reports a second that it takes", reports_per_s, "1/s")
+    say("journal: reports a second that it gets", 2 * NUM_GPUS / REPORT_S, "1/s")
+    say(f"driver: a look at {2 * NUM_GPUS} running units", 1000 * look_s, "ms")
 
     default = ClusterConfig().checkpoint_frames
     for corpus in (

@@ -17,7 +17,7 @@ LEVELS: list[set[str]] = [
     {"geometry", "storage", "rasterizer", "masks"},
     {"config", "logs", "video", "models", "tracking", "tables", "view"},
     {"synthetic", "evaluate"},
-    {"pipeline"},
+    {"pipeline", "training"},
     {"cluster"},
     {"cli"},
     {"__main__", "__init__"},
@@ -28,13 +28,14 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 DOORS: dict[str, set[str]] = {
     "av": {"video.scan", "video.decode", "view.overlay", "synthetic.corpus"},
     "decord": {"video.decode"},
+    "tensorboard": set(),
     "cv2": {
         *("video.shots", "models.detector", "models.detector_onnx", "view.overlay"),
-        "evaluate.benchmarks",
+        *("training.augment", "training.tars", "evaluate.benchmarks"),
     },
     "ray": {
         *("cluster.decoding", "cluster.metrics", "cluster.model_actor", "cluster.run"),
-        "cluster.tracker_actor",
+        *("cluster.tracker_actor", "training.distributed"),
     },
     "smplx": {"models.smpl"},
     "onnxruntime": {"models.detector_onnx"},

@@ -335,6 +335,15 @@ def test_only_dtypes_of_plain_numbers_and_strings_are_admitted(dtype: str) -> No
         load(dump(Calls(np.dtype, dtype, False, True)))
 
 
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_an_array_without_axes_comes_out_as_the_dict_that_it_holds(protocol: int) -> None:
+    losses = {"reprojection_loss": np.float32(3.5), "pose": np.ones(2)}
+    loaded = load(dump({"fitting_loss": np.array(losses), "none": np.array({})}, protocol))
+    assert loaded["none"] == {}
+    assert loaded["fitting_loss"]["reprojection_loss"] == 3.5
+    assert loaded["fitting_loss"]["pose"].tolist() == [1, 1]
+
+
 def objects(*items: object) -> Any:
     array = np.empty(len(items), dtype=object)
     array[:] = items

@@ -63,3 +63,20 @@ def test_gelu_is_the_exact_one(generator: torch.Generator) -> None:
     expected = F.gelu(hidden[:, :16], approximate="none")
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
     assert (got - F.gelu(hidden[:, :16], approximate="tanh")).abs().max() > 1e-5
+
+
+def test_branches_are_dropped_in_training_only(generator: torch.Generator) -> None:
+    vit = ViT(depth=3, dim=16, num_heads=2)
+    vit.set_drop_path(0.5)
+    assert [block.drop_path for block in vit.blocks] == [0, 0.25, 0.5]
+    block = vit.blocks[2]
+    tokens = torch.randn(400, 5, 16, generator=generator)
+    with torch.no_grad():
+        block.mlp.fc2.weight.zero_()  # one branch is left, which is dropped or doubled
+        block.mlp.fc2.bias.zero_()
+        whole = block.eval()(tokens) - tokens
+        torch.manual_seed(0)
+        dropped = block.train()(tokens) - tokens
+    is_kept = dropped.abs().amax(dim=(1, 2)) > 0
+    assert 0.4 < is_kept.float().mean() < 0.6  # of 400 with probability one half
+    torch.testing.assert_close(dropped[is_kept], 2 * whole[is_kept], rtol=0, atol=1e-5)

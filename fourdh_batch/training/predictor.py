@@ -1,0 +1,290 @@
+"""The pose predictor as a task of the training loop: hide poses of a track, tell them again.
+
+Source: Goel et al., Humans in 4D, section 3.3 (masked modelling of tracks, after BERT); the
+published code of LART, which this predictor comes from: hidden poses are replaced by the mask
+token, losses are taken on them alone, AdamW with betas (0.9, 0.95) and no decay of vectors. That
+code offers L1 and L2 and does not say which the released weights had: here L2 on rotations and
+betas, L1 on the location.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+from fourdh_batch.config import LoopConfig, TrainPredictorConfig
+from fourdh_batch.errors import TrainingError
+from fourdh_batch.evaluate.pose import PELVIS_KEYPOINT
+from fourdh_batch.models.build_phalp import save_pose_predictor, untrained_pose_predictor
+from fourdh_batch.models.predictor import (
+    NUM_POSE_VECTOR,
+    STD_EPSILON,
+    PosePredictor,
+    PoseTransformer,
+    PredictorSize,
+)
+from fourdh_batch.models.smpl import SmplBody, load_body
+from fourdh_batch.training.loop import Examples, seed_of, update
+from fourdh_batch.training.tracks import (
+    GapTracks,
+    MaskedTrack,
+    MaskedTracks,
+    TrackBatch,
+    TrackPoses,
+    collate_tracks,
+    read_track_poses,
+)
+from fourdh_batch.types import F32, F64, NUM_BETAS, NUM_BODY_JOINTS
+
+WEIGHTS_NAME = "pose_predictor.safetensors"
+ADAM_BETAS = (0.9, 0.95)
+NUM_ROTATION_NUMBERS = 9 * (1 + NUM_BODY_JOINTS)
+NUM_LOCATION = NUM_POSE_VECTOR - NUM_ROTATION_NUMBERS - NUM_BETAS
+MIN_STD = 1e-6  # of a number that is ever the same
+HELD_OUT_STEP = 10  # every so manieth video is held out where no other root is given
+NUM_HELD_OUT = 512
+UPRIGHT_ROT6D = (1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
+
+
+class _Told(nn.Module):
+    """Pose vectors of all slots; one call for `DistributedDataParallel` to watch."""
+
+    def __init__(self, network: PoseTransformer, precision: str) -> None:
+        super().__init__()
+        self.network = network
+        self._precision = precision
+
+    def forward(self, pose: Tensor, is_seen: Tensor, is_wanted: Tensor) -> Tensor:
+        """(K, L, 229) normalised, (K, L), (K, L) to (N, 229) of the N wanted slots, in order."""
+        with torch.autocast(pose.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            tokens = self.network(pose, is_seen)
+        return self.network.read_out(tokens.float()[is_wanted])
+
+
+class PredictorTask:
+    """See `loop.Task`.
+
+    Args:
+        network: with its first weights, on the device of the training.
+        mean, std: (229,) of pose vectors.
+        loop: settings.
+        examples, held_out: of `MaskedTrack`s.
+        body: whose keypoints errors are measured on.
+    """
+
+    weights_name = WEIGHTS_NAME
+
+    def __init__(
+        self,
+        network: PoseTransformer,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        loop: LoopConfig,
+        examples: Examples,
+        held_out: Mapping[str, Examples],
+        body: SmplBody,
+        num_held_out: int = NUM_HELD_OUT,
+    ) -> None:
+        self._network = network.requires_grad_(True)
+        self._device = network.mask_token.device
+        self._mean, self._std = mean.to(self._device), std.to(self._device)
+        self._loop = loop
+        self._body = body.to(self._device)
+        self._told: nn.Module = _Told(network, loop.precision)
+        self._trained = list(network.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self._trained if p.ndim > 1]},
+            {"params": [p for p in self._trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.modules: Mapping[str, nn.Module] = {"network": network}
+        self.optimizers: Mapping[str, Optimizer] = {
+            "network": AdamW(
+                groups, lr=loop.learning_rate, weight_decay=loop.weight_decay, betas=ADAM_BETAS
+            )
+        }
+        self.examples = examples
+        self.held_out = held_out
+        self.num_held_out = num_held_out
+        self.metadata = {"origin": "trained"}
+
+    def collate(self, examples: Sequence[MaskedTrack]) -> TrackBatch:
+        """Examples side by side."""
+        return collate_tracks(examples)
+
+    def distribute(self) -> None:
+        """See `loop.Task`."""
+        self._told = DistributedDataParallel(self._told, broadcast_buffers=False)
+
+    def step(self, batch: TrackBatch) -> dict[str, Tensor]:
+        """See `loop.Task`."""
+        pose, is_seen, is_wanted = (tensor.to(self._device) for tensor in batch[:3])
+        told = self._told(self._normalised(pose), is_seen, is_wanted)
+        off = told - pose[is_wanted]
+        count = len(off) + 1  # as published
+        pose_loss = off[:, :-NUM_LOCATION].square().sum() / count
+        location_loss = off[:, -NUM_LOCATION:].abs().sum() / count
+        loss = pose_loss + location_loss
+        norm = update(self.optimizers["network"], loss, self._trained, self._loop.clip_norm)
+        return {
+            "loss": loss.detach(),
+            "loss_pose": pose_loss.detach(),
+            "loss_location": location_loss.detach(),
+            "gradient_norm": norm,
+        }
+
+    def evaluate(self, batches: Iterable[TrackBatch]) -> dict[str, float]:
+        """See `loop.Task`: MPJPE in mm of hidden poses, root rotation included, for every gap; of
+        the predictor, of holding the last pose, and of interpolating rotations (slerp)."""
+        told_by: dict[str, list[F64]] = {"": [], "_hold": [], "_slerp": []}
+        gaps: list[int] = []
+        model = _Told(self._network, self._loop.precision)
+        for batch in batches:
+            pose, is_seen, is_wanted = (tensor.to(self._device) for tensor in batch[:3])
+            told = model(self._normalised(pose), is_seen, is_wanted).cpu().numpy()
+            truth = self._keypoints(pose[is_wanted].cpu().numpy())
+            row = is_wanted.nonzero()[:, 0].cpu().numpy()
+            gaps += batch.gap.numpy()[row].tolist()
+            columns = (batch.pose.numpy(), batch.is_seen.numpy(), batch.is_wanted.numpy())
+            simple = [_simple(*track) for track in zip(*columns, strict=True)]
+            ways = {
+                "": told,
+                "_hold": np.concatenate([hold for hold, _ in simple]),
+                "_slerp": np.concatenate([slerp for _, slerp in simple]),
+            }
+            for name, vectors in ways.items():
+                off = self._keypoints(vectors) - truth
+                told_by[name].append(np.linalg.norm(off, axis=-1).mean(axis=-1) * 1000)
+        gap = np.array(gaps)
+        figures = {}
+        for name, errors in told_by.items():
+            error = np.concatenate(errors)
+            for frames in np.unique(gap):
+                what = f"gap_{frames}" if frames else "next"
+                if frames or name != "_slerp":
+                    figures[f"{what}_mpjpe_mm{name}"] = float(error[gap == frames].mean())
+        return figures
+
+    def save(self, path: Path) -> str:
+        """See `loop.Task`."""
+        network = copy.deepcopy(self._network)
+        predictor = PosePredictor(
+            network, self._mean, self._std, device=self._device, weights_origin="trained"
+        )
+        return save_pose_predictor(predictor, path)
+
+    def _normalised(self, pose: Tensor) -> Tensor:
+        return (pose - self._mean) / (self._std + STD_EPSILON)
+
+    def _keypoints(self, vectors: F32) -> F64:
+        """(N, 229) to (N, 44, 3) metres from the pelvis."""
+        rotations = torch.from_numpy(vectors[:, :NUM_ROTATION_NUMBERS]).view(-1, 24, 3, 3)
+        betas = torch.from_numpy(vectors[:, NUM_ROTATION_NUMBERS:-NUM_LOCATION])
+        with torch.no_grad():
+            points = self._body.keypoints_3d(
+                *(t.to(self._device) for t in (rotations[:, :1], rotations[:, 1:], betas))
+            )
+        return (points - points[:, [PELVIS_KEYPOINT]]).double().cpu().numpy()
+
+
+def build_predictor_task(
+    config: TrainPredictorConfig, device: str | torch.device = "auto"
+) -> PredictorTask:
+    """The pose predictor with its first weights and its tracks.
+
+    Raises:
+        FileNotFoundError: a root holds no tables.
+        TrainingError: there are too few tracks.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tracks = read_track_poses(config.input, min_rows=config.min_rows)
+    if config.held_out:
+        others = read_track_poses(config.held_out, min_rows=config.min_rows)
+    else:
+        others = [track for track in tracks if track.video % HELD_OUT_STEP == 0]
+        tracks = [track for track in tracks if track.video % HELD_OUT_STEP != 0]
+        if not tracks:
+            raise TrainingError(
+                f"{config.input}: expected two videos or more, for one of them is held out, got "
+                "one; give held_out="
+            )
+    size = PredictorSize(
+        dim=config.dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        mlp_dim=config.mlp_dim,
+        frame_length=config.frame_length,
+    )
+    network = untrained_pose_predictor(config.loop.seed, size=size, device=device).network
+    network = copy.deepcopy(network).train()
+    mean, std = _statistics(tracks)
+    _set_mean(network, mean)
+    seed = config.loop.seed
+    return PredictorTask(
+        network,
+        torch.from_numpy(mean),
+        torch.from_numpy(std),
+        loop=config.loop,
+        examples=MaskedTracks(
+            tracks,
+            frame_length=config.frame_length,
+            mask_share=config.mask_share,
+            stretch_share=config.stretch_share,
+            seed=seed_of(seed, 0),
+        ),
+        held_out={
+            "tracks": GapTracks(others, frame_length=config.frame_length, seed=seed_of(seed, 1))
+        },
+        body=load_body(),
+    )
+
+
+def _statistics(tracks: Sequence[TrackPoses]) -> tuple[F32, F32]:
+    """(229,) mean and standard deviation over all rows."""
+    poses = np.concatenate([track.pose for track in tracks])
+    mean, std = poses.mean(axis=0, dtype=np.float64), poses.std(axis=0, dtype=np.float64)
+    return mean.astype(np.float32), np.where(std < MIN_STD, 1.0, std).astype(np.float32)
+
+
+def _set_mean(network: PoseTransformer, mean: F32) -> None:
+    """Let the read-out count from the mean body; the root, of which there is no mean, upright."""
+    rotations = mean[:NUM_ROTATION_NUMBERS].reshape(-1, 3, 3)
+    rot6d = np.concatenate((rotations[:, :, 0], rotations[:, :, 1]), axis=1)
+    rot6d[0] = UPRIGHT_ROT6D
+    head = network.smpl_head[0]
+    with torch.no_grad():
+        cast(Tensor, head.init_body_pose).copy_(torch.from_numpy(rot6d.reshape(1, -1)))
+        betas = mean[NUM_ROTATION_NUMBERS:-NUM_LOCATION]
+        cast(Tensor, head.init_betas).copy_(torch.from_numpy(betas[None]))
+        cast(Tensor, head.init_cam).zero_()
+
+
+def _simple(pose: F32, is_seen: np.ndarray, is_wanted: np.ndarray) -> tuple[F32, F32]:
+    """(n, 229) of the wanted slots of one track: the last seen pose before, and interpolated."""
+    seen, wanted = np.flatnonzero(is_seen), np.flatnonzero(is_wanted)
+    before = seen[np.searchsorted(seen, wanted) - 1]
+    held = pose[before]
+    following = np.minimum(np.searchsorted(seen, wanted), len(seen) - 1)
+    after = seen[following]
+    span = np.maximum(after - before, 1)
+    share = np.where(after > before, (wanted - before) / span, 0.0).astype(np.float32)[:, None]
+    between = (1 - share) * held + share * pose[after]
+    low, high = (
+        Rotation.from_matrix(ends[:, :NUM_ROTATION_NUMBERS].reshape(-1, 3, 3))
+        for ends in (held, pose[after])
+    )
+    way = (low.inv() * high).as_rotvec() * np.repeat(share, 1 + NUM_BODY_JOINTS, axis=0)
+    turned = (low * Rotation.from_rotvec(way)).as_matrix()
+    between[:, :NUM_ROTATION_NUMBERS] = turned.reshape(len(wanted), -1)
+    return held, between

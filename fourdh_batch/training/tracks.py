@@ -1,0 +1,232 @@
+"""Tracks of our tables as masked examples for the pose predictor.
+
+Dimension letters: `T` rows of a track, `L` slots of the predictor.
+
+Three ways to hide poses: some at random, as published; a stretch between seen poses, which is what
+amodal completion asks for; all but a few in a row, which is what the tracker asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourdh_batch.errors import TrainingError
+from fourdh_batch.geometry import phalp_camera
+from fourdh_batch.models.predictor import NUM_POSE_VECTOR
+from fourdh_batch.tables.reader import read_tracks, smpl_arrays
+from fourdh_batch.tracking.pose import pose_vectors
+from fourdh_batch.types import F32, I64, NUM_KEYPOINTS, Bool, People
+
+HISTORY = 7  # poses that the tracker remembers
+MAX_STRETCH = 50  # frames; the tracker's `max_age`
+TEST_GAPS = (5, 10, 20)  # frames, of evaluation
+MIN_AROUND_GAP = 2  # rows on each side of a gap
+COLUMNS = (
+    *("dataset", "video_id", "shot_id", "track_id", "frame_index"),
+    *("global_orient", "body_pose", "betas", "pred_cam"),
+    *("box_center_px", "box_size_px", "image_size_px"),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrackPoses:
+    """The detected rows of one track in one shot.
+
+    Attributes:
+        video: number of its video.
+        frame_index: (T,) increasing.
+        pose: (T, 229) pose vectors.
+    """
+
+    video: int
+    frame_index: I64
+    pose: F32
+
+
+class MaskedTrack(NamedTuple):
+    """One example.
+
+    Attributes:
+        pose: (L, 229) float32, 0 where there is none.
+        is_seen: (L,) bool, what the predictor is shown.
+        is_wanted: (L,) bool, what it has to tell.
+        gap: () int64, frames of the gap in evaluation, 0 for the next frame; -1 in training.
+    """
+
+    pose: F32
+    is_seen: Bool
+    is_wanted: Bool
+    gap: I64
+
+
+class TrackBatch(NamedTuple):
+    """K examples; the fields of `MaskedTrack` with an axis more."""
+
+    pose: Tensor
+    is_seen: Tensor
+    is_wanted: Tensor
+    gap: Tensor
+
+
+def collate_tracks(examples: Sequence[MaskedTrack]) -> TrackBatch:
+    """Examples side by side."""
+    columns = zip(*examples, strict=True)
+    return TrackBatch(*(torch.from_numpy(np.stack(column)) for column in columns))
+
+
+def read_track_poses(root: str, *, min_rows: int) -> list[TrackPoses]:
+    """All tracks of an output root, about 1 kB a row in memory.
+
+    Args:
+        root: of the tables.
+        min_rows: shorter ones are left out.
+
+    Raises:
+        FileNotFoundError: nothing was committed there.
+        TrainingError: no track is long enough.
+    """
+    detected = [("state", "==", "detected")]
+    rows = read_tracks(root, columns=COLUMNS, filters=detected)
+    rows = rows[rows["pred_cam"].notna()].sort_values(
+        ["dataset", "video_id", "shot_id", "track_id", "frame_index"], ignore_index=True
+    )
+    if rows.empty:
+        raise TrainingError(f"{root}: expected detected rows with cameras, got none")
+    arrays = smpl_arrays(rows)
+    size_px = rows["box_size_px"].to_numpy(np.float32)
+    people = People(
+        global_orient=arrays["global_orient"],
+        body_pose=arrays["body_pose"],
+        betas=arrays["betas"],
+        pred_cam=arrays["pred_cam"],
+        box_center_px=arrays["box_center_px"],
+        box_size_px=size_px,
+        keypoints_3d_m=np.zeros((len(rows), NUM_KEYPOINTS, 3), np.float32),
+    )
+    camera = phalp_camera(people.pred_cam, people.box_center_px, size_px, arrays["image_size_px"])
+    pose = pose_vectors(people, camera)
+    frames = rows["frame_index"].to_numpy(np.int64)
+    keys = rows[["dataset", "video_id", "shot_id", "track_id"]]
+    starts = np.flatnonzero((keys != keys.shift()).any(axis=1))
+    video = (keys[["dataset", "video_id"]] != keys[["dataset", "video_id"]].shift()).any(axis=1)
+    video_number = video.cumsum().to_numpy() - 1
+    tracks = [
+        TrackPoses(int(video_number[first]), frames[first:last], pose[first:last])
+        for first, last in zip(starts, [*starts[1:], len(rows)], strict=True)
+        if last - first >= min_rows
+    ]
+    if not tracks:
+        raise TrainingError(f"{root}: expected tracks of {min_rows} rows or more, got none")
+    return tracks
+
+
+class MaskedTracks:
+    """Numbered examples for training.
+
+    Args:
+        tracks: to draw from, each as often as any other.
+        frame_length: slots L.
+        mask_share: of the poses of an example that are hidden at random.
+        stretch_share: of the examples, in which a stretch, or all but a few, are hidden instead.
+        seed: of everything.
+    """
+
+    def __init__(
+        self,
+        tracks: Sequence[TrackPoses],
+        *,
+        frame_length: int,
+        mask_share: float,
+        stretch_share: float,
+        seed: int,
+    ) -> None:
+        self._tracks = tracks
+        self._length = frame_length
+        self._mask_share = mask_share
+        self._stretch_share = stretch_share
+        self._seed = seed
+
+    def __getitem__(self, number: int) -> MaskedTrack:
+        random = np.random.default_rng((self._seed, number))
+        track = self._tracks[int(random.integers(len(self._tracks)))]
+        first = int(random.integers(max(len(track.pose) - self._length // 2, 1)))
+        slot = track.frame_index[first:] - track.frame_index[first]
+        slot = slot[slot < self._length]
+        hidden = self._hidden(random, slot)
+        seen = ~hidden
+        if random.random() < self._stretch_share / 2:  # the tracker's question
+            seen, hidden = _history(random, slot)
+        pose = track.pose[first : first + len(slot)]
+        return _masked(pose, slot, seen, hidden, self._length, gap=-1)
+
+    def _hidden(self, random: np.random.Generator, slot: I64) -> Bool:
+        """(T,) rows to be told."""
+        hidden = np.zeros(len(slot), dtype=np.bool_)
+        share = self._stretch_share / 2 / max(1 - self._stretch_share / 2, 1e-9)
+        if random.random() < share and len(slot) >= 3:
+            length = int(random.integers(1, MAX_STRETCH + 1))
+            start = int(slot[1 + random.integers(len(slot) - 2)])
+            hidden = (slot >= start) & (slot < start + length)
+            hidden[-1] = False
+        else:
+            count = max(int(len(slot) * self._mask_share), 1) if len(slot) > 1 else 0
+            hidden[random.permutation(len(slot))[:count]] = True
+        return hidden
+
+
+class GapTracks:
+    """Numbered examples for evaluation: gaps of `TEST_GAPS` frames, and the frame after a history.
+
+    Args:
+        tracks, frame_length, seed: as of `MaskedTracks`.
+    """
+
+    def __init__(self, tracks: Sequence[TrackPoses], *, frame_length: int, seed: int) -> None:
+        longest = max(TEST_GAPS) + 2 * MIN_AROUND_GAP
+        self._tracks = [t for t in tracks if len(t.pose) >= longest] or list(tracks)
+        self._length = frame_length
+        self._seed = seed
+
+    def __getitem__(self, number: int) -> MaskedTrack:
+        random = np.random.default_rng((self._seed, number))
+        track = self._tracks[int(random.integers(len(self._tracks)))]
+        gap = (0, *TEST_GAPS)[number % (1 + len(TEST_GAPS))]
+        used = HISTORY + 1 if gap == 0 else self._length
+        first = int(random.integers(max(len(track.pose) - used, 0) + 1))
+        slot = track.frame_index[first:] - track.frame_index[first]
+        slot = slot[slot < self._length]
+        rows = np.arange(len(slot))
+        if gap == 0:
+            seen, wanted = rows < HISTORY, rows == HISTORY
+        else:
+            room = max(len(slot) - gap - 2 * MIN_AROUND_GAP, 0)
+            start = MIN_AROUND_GAP + int(random.integers(room + 1))
+            wanted = (rows >= start) & (rows < start + gap)
+            seen = ~wanted
+        pose = track.pose[first : first + len(slot)]
+        return _masked(pose, slot, seen, wanted, self._length, gap=gap)
+
+
+def _history(random: np.random.Generator, slot: I64) -> tuple[Bool, Bool]:
+    """(T,) a few rows in a row that are seen, and what comes after them."""
+    rows = np.arange(len(slot))
+    count = min(int(random.integers(1, HISTORY + 1)), max(len(slot) - 1, 1))
+    seen = rows < count
+    until = slot[count - 1] + random.integers(1, MAX_STRETCH + 1)
+    return seen, ~seen & (slot <= max(until, slot[min(count, len(slot) - 1)]))
+
+
+def _masked(
+    pose: F32, slot: I64, is_seen: Bool, is_wanted: Bool, length: int, *, gap: int
+) -> MaskedTrack:
+    spread = np.zeros((length, NUM_POSE_VECTOR), dtype=np.float32)
+    spread[slot] = pose
+    seen, wanted = np.zeros(length, dtype=np.bool_), np.zeros(length, dtype=np.bool_)
+    seen[slot], wanted[slot] = is_seen, is_wanted
+    return MaskedTrack(spread, seen, wanted, np.int64(gap))  # type: ignore[arg-type]

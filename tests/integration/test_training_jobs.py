@@ -1,0 +1,154 @@
+"""The training jobs from their command lines, and by Ray Train."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+
+from fourdh_batch.config import LoopConfig, TrainPredictorConfig, to_dict
+from fourdh_batch.models.build import load_hmr2
+from fourdh_batch.models.smpl import load_body
+from fourdh_batch.training.distributed import train_everywhere
+from fourdh_batch.training.loop import RECORD, Task
+from fourdh_batch.training.predictor import build_predictor_task
+from tests.conftest import REPO
+from tests.training_tables import publish_turning_people
+
+pytest.importorskip("tensorboard", reason="training logs need the extra 'train'")
+
+
+def job(name: str) -> Callable[[list[str]], int]:
+    main: Callable[[list[str]], int] = runpy.run_path(str(REPO / "jobs" / f"{name}.py"))["main"]
+    return main
+
+
+def test_hmr2_is_trained_on_rendered_people_and_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_turning_people(tmp_path, tmp_path / "tables", {"a": 20})
+    words = [
+        f"output={tmp_path / 'out'}",
+        "size=tiny",
+        f"sources=[{{kind: synthetic, weight: 3}}, {{kind: tables, path: {tmp_path / 'tables'}}}]",
+        f"real_poses={tmp_path / 'tables'}",
+        "loss.adversarial=0.0005",
+        f"held_out=[{{kind: synthetic}}, {{kind: tables, path: {tmp_path / 'tables'}, name: ava}}]",
+        "held_out_examples=4",
+        *("loop.steps=2", "loop.batch_size=4", "loop.precision=fp32", "loop.device=cpu"),
+        "loop.data_workers=1",
+        "--json",
+    ]
+    assert job("train_hmr2")(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["steps"] == 2
+    figures = {"pa_mpjpe_mm", "pa_mpjpe_mm_of_mean_body", "mpjpe_mm", "pck_0.05", "pck_0.1"}
+    assert set(record["held_out"]) == {f"{n}/{f}" for n in ("synthetic", "ava") for f in figures}
+    model = load_hmr2(tmp_path / "out" / record["weights"], load_body(), device="cpu")
+    assert model.weights_digest == record["digest"]
+    assert job("train_hmr2")([*words[:-1], "loop.log_every=5"]) == 0  # nothing left to do
+    assert "after 2 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("train_hmr2", [], "output: give output="),
+        ("train_hmr2", ["output=x", "sources=[{kind: films}]"], "a kind of"),
+        ("train_hmr2", ["output=x", "sources=[{kinds: tars}]"], "kinds"),
+        ("train_hmr2", ["output=x", "held_out=[{}, {}]"], "different names"),
+        ("train_hmr2", ["output=x", "loss.adversarial=1"], "poses for the discriminator"),
+        ("train_predictor", ["output=x"], "input: give input="),
+        ("train_predictor", ["output=x", "loop.decay=linear"], "constant or cosine"),
+    ],
+)
+def test_wrong_settings_are_told(
+    name: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job(name)(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train_hmr2", "train_predictor"])
+def test_help_has_examples_and_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job(name)(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"python jobs/{name}.py" in told
+    assert "loop.learning_rate" in told
+    for line in told.split("Settings;")[1].splitlines()[2:]:
+        assert not line.endswith(": "), line
+
+
+def test_the_published_recipe_is_a_possible_one() -> None:
+    from fourdh_batch.config import TrainHmrConfig, load_config
+
+    config = load_config(
+        REPO / "jobs" / "train_hmr2_full.yaml", ["real_poses=cmu_mocap.npz"], TrainHmrConfig
+    )
+    assert sum(source.weight for source in config.sources) == pytest.approx(1)
+    assert (config.loss.keypoints_3d, config.augment.rotation_deg) == (0.05, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray reads its own old settings
+@pytest.mark.usefixtures("local_ray")
+def test_two_workers_of_which_one_dies_give_what_two_give(tmp_path: Path) -> None:
+    """By Ray Train: gradients are averaged, and a lost process is started again."""
+    publish_turning_people(tmp_path, tmp_path / "tables", {"a": 40, "b": 45})
+    loop = LoopConfig(
+        steps=4,
+        batch_size=4,
+        learning_rate=1e-3,
+        device="cpu",
+        cpu_threads=1,
+        workers=2,
+        address="local",
+        checkpoint_every=2,
+        max_failures=1,
+    )
+    config = TrainPredictorConfig(
+        input=str(tmp_path / "tables"),
+        dim=16,
+        depth=1,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        frame_length=50,
+        loop=loop,
+    )
+
+    def build(device: str | torch.device, *, flag: str) -> Task:
+        task: Any = build_predictor_task(config, device)
+        task.num_held_out = 4
+        whole_step, steps = task.step, []
+
+        def step(batch: Any) -> Any:
+            steps.append(len(steps))
+            is_victim = torch.distributed.get_rank() == 1 and len(steps) == 4
+            if flag and is_victim and not Path(flag).exists():
+                Path(flag).touch()
+                os._exit(1)
+            return whole_step(batch)
+
+        task.step = step
+        return task  # type: ignore[no-any-return]
+
+    records = []
+    flag = tmp_path / "died"
+    for name, death in (("whole", ""), ("killed", str(flag))):
+        output = tmp_path / name
+        settings = to_dict(replace(config, output=""))
+        train_everywhere(partial(build, flag=death), loop, str(output), settings)
+        records.append(json.loads((output / RECORD).read_text()))
+    assert flag.exists()
+    assert records[0]["digest"] == records[1]["digest"]
+    assert records[0]["held_out"] == records[1]["held_out"]

@@ -1,0 +1,230 @@
+"""The loop on a network small enough for a second: HMR 2.0 of size `tiny`, people of noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fourdh_batch.config import AugmentConfig, LoopConfig, LossConfig
+from fourdh_batch.errors import CheckpointError, ConfigError, TrainingError
+from fourdh_batch.models.build import load_hmr2, untrained_hmr2
+from fourdh_batch.models.smpl import SmplBody, load_body
+from fourdh_batch.storage import Store
+from fourdh_batch.training.checkpoint import LATEST, latest_checkpoint
+from fourdh_batch.training.data import MixedExamples
+from fourdh_batch.training.examples import Person
+from fourdh_batch.training.hmr2 import HmrBatch, HmrTask
+from fourdh_batch.training.loop import RECORD, learning_rate, seed_of, train
+from fourdh_batch.training.real_poses import StoredPoses
+
+pytest.importorskip("tensorboard", reason="training logs need the extra 'train'")
+
+LOOP = LoopConfig(
+    steps=6,
+    batch_size=2,
+    learning_rate=1e-3,
+    seed=5,
+    cpu_threads=1,
+    device="cpu",
+    log_every=1,
+    evaluate_every=3,
+    checkpoint_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def body() -> SmplBody:
+    return load_body()
+
+
+class Noise:
+    """Numbered people whose picture tells nothing."""
+
+    def person(self, number: int) -> Person:
+        random = np.random.default_rng(number)
+        keypoints = np.ones((44, 4), dtype=np.float32)
+        keypoints[:, :3] = random.standard_normal((44, 3))
+        return Person(
+            image=random.integers(0, 256, (32, 32, 3), dtype=np.uint8),
+            box_center_px=np.array([16, 16], dtype=np.float32),
+            box_size_px=32.0,
+            longer_side_px=32.0,
+            keypoints_2d=np.column_stack((16 + 4 * keypoints[:, :2], keypoints[:, 3])),
+            keypoints_3d=keypoints,
+            global_orient=np.eye(3, dtype=np.float32)[None],
+            body_pose=np.repeat(np.eye(3, dtype=np.float32)[None], 23, axis=0),
+            betas=random.standard_normal(10).astype(np.float32),
+            has_pose=float(number % 2),
+            has_betas=1.0,
+        )
+
+
+class Task(HmrTask):
+    """Remembers its losses, and dies when told."""
+
+    die_at = 0
+
+    def step(self, batch: HmrBatch) -> dict[str, Tensor]:
+        self.losses: list[float] = getattr(self, "losses", [])
+        if self.die_at and len(self.losses) == self.die_at:
+            raise KeyboardInterrupt
+        figures = super().step(batch)
+        self.losses.append(float(figures["loss"]))
+        return figures
+
+
+def make_task(body: SmplBody, loop: LoopConfig = LOOP, *, adversarial: bool = True) -> Task:
+    real = StoredPoses(
+        np.repeat(np.eye(3, dtype=np.float32)[None], 5 * 23, axis=0).reshape(5, 23, 3, 3),
+        np.zeros((5, 10), dtype=np.float32),
+        seed=1,
+    )
+    return Task(
+        untrained_hmr2("tiny", body, loop.seed, device="cpu"),
+        loop=loop,
+        loss=LossConfig(),
+        examples=MixedExamples([Noise()], [1], seed=loop.seed, augment=AugmentConfig()),
+        held_out={"noise": MixedExamples([Noise()], [1], seed=loop.seed, augment=None)},
+        num_held_out=3,
+        real=real if adversarial else None,
+        drop_path=0.3,
+    )
+
+
+def settings(loop: LoopConfig) -> dict[str, Any]:
+    return {"size": "tiny", "loop": asdict(loop)}
+
+
+def run(task: Task, output: Path, loop: LoopConfig = LOOP) -> dict[str, float]:
+    return train(task, loop, str(output), settings(loop))
+
+
+def curve(output: Path, name: str) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "logs"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def test_a_killed_training_goes_on_with_the_same_curve(body: SmplBody, tmp_path: Path) -> None:
+    whole = make_task(body)
+    figures = run(whole, tmp_path / "whole")
+    killed = make_task(body)
+    killed.die_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, tmp_path / "killed")
+    assert latest_checkpoint(Store(str(tmp_path / "killed")))[0] == 4  # type: ignore[index]
+    resumed = make_task(body)
+    again = run(resumed, tmp_path / "killed")
+    assert killed.losses == whole.losses[:5]
+    assert resumed.losses == whole.losses[4:]  # to the last bit
+    assert again == figures
+    records = [json.loads((tmp_path / n / RECORD).read_text()) for n in ("whole", "killed")]
+    assert records[0]["digest"] == records[1]["digest"]
+    for name in ("train/loss", "train/loss_discriminator", "held_out/pa_mpjpe_mm"):
+        assert curve(tmp_path / "killed", name) == curve(tmp_path / "whole", name)
+    assert list(curve(tmp_path / "whole", "train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert len(list((tmp_path / "whole" / "checkpoints").glob("step-*"))) == 2
+
+
+def test_the_result_is_what_the_main_job_reads(body: SmplBody, tmp_path: Path) -> None:
+    task = make_task(body)
+    run(task, tmp_path)
+    model = load_hmr2(tmp_path / "hmr2.safetensors", body, device="cpu")
+    assert (model.size_name, model.weights_origin) == ("tiny", "trained")
+    first = untrained_hmr2("tiny", body, LOOP.seed, device="cpu")
+    changed = {
+        name
+        for name, tensor in model.backbone.state_dict().items()
+        if not torch.equal(tensor, first.backbone.state_dict()[name])
+    }
+    assert changed == set(first.backbone.state_dict())
+    checkpoint = tmp_path / "checkpoints" / "step-00000006" / "weights.safetensors"
+    assert load_hmr2(checkpoint, body, device="cpu").weights_digest == model.weights_digest
+
+
+def test_losses_fall_on_few_people(body: SmplBody, tmp_path: Path) -> None:
+    loop = replace(LOOP, steps=30, evaluate_every=100, checkpoint_every=100, clip_norm=1.0)
+    task = make_task(body, loop)
+
+    class Few:
+        def __getitem__(self, number: int) -> Any:
+            return MixedExamples([Noise()], [1], seed=0, augment=None)[number % 2]
+
+    task.examples._examples = Few()  # type: ignore[attr-defined]
+    run(task, tmp_path, loop)
+    assert np.mean(task.losses[-3:]) < 0.85 * np.mean(task.losses[:3])
+
+
+def test_bf16_stays_near_fp32(body: SmplBody, tmp_path: Path) -> None:
+    loop = replace(LOOP, steps=2)
+    exact, rough = make_task(body), make_task(body, replace(loop, precision="bf16"))
+    run(exact, tmp_path / "exact", loop)
+    run(rough, tmp_path / "rough", replace(loop, precision="bf16"))
+    assert rough.losses != exact.losses
+    np.testing.assert_allclose(rough.losses, exact.losses, rtol=0.02)
+
+
+def test_without_adversarial_loss_there_is_no_discriminator(body: SmplBody, tmp_path: Path) -> None:
+    task = make_task(body, adversarial=False)
+    assert set(task.modules) == {"backbone", "smpl_head"}
+    run(task, tmp_path, replace(LOOP, steps=2))
+
+
+def test_other_settings_on_the_same_output_are_refused(body: SmplBody, tmp_path: Path) -> None:
+    run(make_task(body), tmp_path, replace(LOOP, steps=2))
+    other = replace(LOOP, learning_rate=5e-4)
+    with pytest.raises(ConfigError, match=r"loop\.learning_rate: 0\.001 before, 0\.0005 now"):
+        run(make_task(body, other), tmp_path, other)
+    with pytest.raises(ConfigError, match="2 steps are done"):
+        run(make_task(body), tmp_path, replace(LOOP, steps=1))
+    longer = make_task(body)
+    run(longer, tmp_path, replace(LOOP, steps=3, log_every=7))
+    assert len(longer.losses) == 1
+
+
+def test_a_damaged_checkpoint_stops_the_training(body: SmplBody, tmp_path: Path) -> None:
+    run(make_task(body), tmp_path, replace(LOOP, steps=2))
+    moments = tmp_path / "checkpoints" / "step-00000002" / "optimizers.pt"
+    moments.write_bytes(moments.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"optimizers\.pt"):
+        run(make_task(body), tmp_path)
+    (tmp_path / LATEST).write_text("{")
+    with pytest.raises(CheckpointError, match="damaged record"):
+        run(make_task(body), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    body: SmplBody, tmp_path: Path
+) -> None:
+    task = make_task(body)
+    with torch.no_grad():
+        task._model.smpl_head.decpose.bias[0] = math.nan
+    before = task._model.backbone.pos_embed.clone()
+    with pytest.raises(TrainingError, match="step 1: expected a finite loss, got nan"):
+        run(task, tmp_path)
+    assert torch.equal(task._model.backbone.pos_embed, before)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    loop = replace(LOOP, steps=110, learning_rate=2.0, warmup_steps=10)
+    assert learning_rate(loop, 0) == pytest.approx(0.2)
+    assert learning_rate(loop, 9) == learning_rate(loop, 109) == 2
+    falling = replace(loop, decay="cosine")
+    assert learning_rate(falling, 10) == 2
+    assert learning_rate(falling, 60) == pytest.approx(1)
+    assert learning_rate(falling, 109) == pytest.approx(0, abs=1e-3)
+
+
+def test_seeds_of_neighbours_differ() -> None:
+    seeds = {seed_of(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
+    assert len(seeds) == 64

@@ -1,0 +1,206 @@
+"""What is trained on tables: people with frames of their videos, tracks for the pose predictor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fourdh_batch.config import LoopConfig, TrainPredictorConfig, to_dict
+from fourdh_batch.errors import TrainingError
+from fourdh_batch.models.build_phalp import load_pose_predictor, untrained_pose_predictor
+from fourdh_batch.models.predictor import NUM_POSE_VECTOR, PredictorSize
+from fourdh_batch.training.loop import train
+from fourdh_batch.training.predictor import PredictorTask, _simple, build_predictor_task
+from fourdh_batch.training.real_poses import load_real_poses
+from fourdh_batch.training.table_people import TablePeople
+from fourdh_batch.training.tracks import (
+    HISTORY,
+    TEST_GAPS,
+    GapTracks,
+    MaskedTracks,
+    collate_tracks,
+    read_track_poses,
+)
+from tests.training_tables import BOX, HEIGHT, WIDTH, publish_turning_people
+
+LENGTH = 50
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("run")
+    publish_turning_people(folder, folder / "tables", {"a": 40, "b": 45})
+    return str(folder / "tables")
+
+
+class TestPeople:
+    def test_a_person_has_the_picture_of_its_frame(self, root: str) -> None:
+        source = TablePeople(root, seed=0)
+        people = [source.person(n) for n in range(40)]
+        for person in people:
+            assert person.image.shape == (HEIGHT, WIDTH, 3)
+            assert person.box_center_px.tolist() == [20, 24]
+            assert person.longer_side_px == BOX[3] - BOX[1]
+            assert (person.has_pose, person.has_betas) == (1, 1)
+            # The picture tells the frame, and so does the bend of the hip.
+            frame = (float(person.image.mean()) - 20) / 3
+            told = [0.5 * np.sin(0.1 * frame + video) for video in (0, 1)]
+            bend = np.arctan2(person.body_pose[3, 2, 1], person.body_pose[3, 1, 1])
+            assert min(abs(bend - t) for t in told) < 0.03
+        again = TablePeople(root, seed=0).person(33)
+        np.testing.assert_array_equal(again.image, people[33].image)
+        np.testing.assert_array_equal(again.body_pose, people[33].body_pose)
+
+    def test_a_video_that_is_gone_is_passed_over(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        publish_turning_people(tmp_path, tmp_path / "tables", {"a": 20, "b": 20})
+        (tmp_path / "a.mp4").unlink()
+        source = TablePeople(str(tmp_path / "tables"), seed=0)
+        assert source.person(0).image.shape == (HEIGHT, WIDTH, 3)
+        (tmp_path / "b.mp4").unlink()
+        with pytest.raises(TrainingError, match="cannot be read"):
+            TablePeople(str(tmp_path / "tables"), seed=0).person(0)
+        assert "a.mp4" in caplog.text
+
+    def test_rows_serve_as_real_poses(self, root: str) -> None:
+        pose, betas = load_real_poses(root, seed=0)[0]
+        np.testing.assert_allclose(pose[0], np.eye(3), atol=1e-6)
+        assert not betas.any()
+
+
+class TestTracks:
+    def test_every_track_of_every_shot(self, root: str) -> None:
+        tracks = read_track_poses(root, min_rows=2)
+        assert [(t.video, len(t.pose)) for t in tracks] == [(0, 40), (0, 40), (1, 45), (1, 45)]
+        np.testing.assert_array_equal(tracks[0].frame_index, np.arange(40))
+        assert tracks[0].pose.shape == (40, NUM_POSE_VECTOR)
+        with pytest.raises(TrainingError, match="tracks of 100 rows"):
+            read_track_poses(root, min_rows=100)
+
+    def test_what_is_asked_for_is_not_shown(self, root: str) -> None:
+        tracks = read_track_poses(root, min_rows=2)
+        masked = MaskedTracks(
+            tracks, frame_length=LENGTH, mask_share=0.4, stretch_share=0.5, seed=3
+        )
+        examples = [masked[n] for n in range(200)]
+        for example in examples:
+            assert not (example.is_seen & example.is_wanted).any()
+            assert example.is_seen.any()
+            assert example.is_wanted.any()
+            shown = example.is_seen | example.is_wanted
+            assert (np.abs(example.pose[shown]).sum(axis=1) > 0).all()
+        few = [e for e in examples if e.is_seen.sum() <= HISTORY]
+        assert 0.1 < len(few) / 200 < 0.5  # the tracker's question: a quarter
+        np.testing.assert_array_equal(masked[17].is_seen, examples[17].is_seen)
+
+    def test_gaps_of_evaluation_have_seen_poses_around_them(self, root: str) -> None:
+        gaps = GapTracks(read_track_poses(root, min_rows=2), frame_length=LENGTH, seed=0)
+        for n in range(40):
+            example = gaps[n]
+            wanted = np.flatnonzero(example.is_wanted)
+            assert int(example.gap) == (0, *TEST_GAPS)[n % 4]
+            assert len(wanted) == max(int(example.gap), 1)
+            assert example.is_seen[wanted[0] - 1]
+            if example.gap:
+                assert example.is_seen[wanted[-1] + 1]
+            else:
+                assert example.is_seen.sum() == HISTORY
+                assert not example.is_seen[wanted[0] :].any()
+
+    def test_interpolation_follows_a_steady_turn(self, root: str) -> None:
+        example = GapTracks(read_track_poses(root, min_rows=2), frame_length=LENGTH, seed=0)[2]
+        hold, slerp = _simple(example.pose, example.is_seen, example.is_wanted)
+        truth = example.pose[example.is_wanted]
+        np.testing.assert_allclose(slerp[:, :9], truth[:, :9], rtol=0, atol=1e-5)
+        assert np.abs(hold[:, :9] - truth[:, :9]).max() > 0.1
+
+
+def test_training_form_of_the_network_equals_the_fast_one() -> None:
+    size = PredictorSize(dim=24, depth=2, num_heads=3, head_dim=16, mlp_dim=40, frame_length=20)
+    network = untrained_pose_predictor(3, size=size).network
+    random = torch.Generator().manual_seed(0)
+    is_seen = torch.rand(3, 20, generator=random) < 0.4
+    pose = torch.randn(3, 20, NUM_POSE_VECTOR, generator=random)
+    with torch.no_grad():
+        dense = network(pose, is_seen)
+    for track in range(3):
+        slot = is_seen[track].nonzero().T
+        fast = network.tokens(
+            pose[track][slot],
+            slot,
+            torch.zeros_like(slot, dtype=torch.bool),
+            torch.arange(20)[None],
+        )
+        torch.testing.assert_close(fast[0], dense[track], rtol=0, atol=2e-5)
+
+
+class TestTask:
+    CONFIG = TrainPredictorConfig(
+        dim=16,
+        depth=1,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        frame_length=LENGTH,
+        loop=LoopConfig(
+            steps=4,
+            batch_size=4,
+            learning_rate=3e-3,
+            device="cpu",
+            cpu_threads=1,
+            checkpoint_every=2,
+            evaluate_every=100,
+            log_every=1,
+        ),
+    )
+
+    def make(self, root: str, **loop: Any) -> tuple[TrainPredictorConfig, PredictorTask]:
+        config = replace(self.CONFIG, input=root, loop=replace(self.CONFIG.loop, **loop))
+        task = build_predictor_task(config, "cpu")
+        task.num_held_out = 8
+        return config, task
+
+    def test_resumes_exactly_and_writes_what_the_tracker_reads(
+        self, root: str, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("tensorboard", reason="training logs need the extra 'train'")
+        config, task = self.make(root)
+        figures = train(task, config.loop, str(tmp_path / "whole"), to_dict(config))
+        half, first = self.make(root, steps=2)
+        train(first, half.loop, str(tmp_path / "halves"), to_dict(half))
+        config, second = self.make(root)
+        assert train(second, config.loop, str(tmp_path / "halves"), to_dict(config)) == figures
+        names = {f"gap_{gap}_mpjpe_mm{how}" for gap in TEST_GAPS for how in ("", "_hold", "_slerp")}
+        assert set(figures) == names | {"next_mpjpe_mm", "next_mpjpe_mm_hold"}
+        files = [tmp_path / name / "pose_predictor.safetensors" for name in ("whole", "halves")]
+        loaded = [load_pose_predictor(file) for file in files]
+        assert loaded[0].weights_digest == loaded[1].weights_digest
+        assert loaded[0].weights_origin == "trained"
+        batch = collate_tracks([task.held_out["tracks"][n] for n in range(4)])
+        seen = np.flatnonzero(batch.is_seen[1].numpy())
+        told = loaded[0].complete(
+            batch.pose[1].numpy(), batch.is_seen[1].numpy(), np.flatnonzero(batch.is_wanted[1])
+        )
+        assert len(told) == int(batch.gap[1])
+        assert np.isfinite(told).all()
+        assert len(seen) > HISTORY
+
+    def test_learns_to_tell_hidden_poses(self, root: str) -> None:
+        config, task = self.make(root, steps=32)
+        losses = []
+        for step in range(config.loop.steps):
+            batch = task.collate([task.examples[4 * (step % 4) + n] for n in range(4)])
+            losses.append(float(task.step(batch)["loss"]))
+        assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:4])
+
+    def test_one_video_cannot_be_held_out(self, tmp_path: Path) -> None:
+        publish_turning_people(tmp_path, tmp_path / "tables", {"a": 30})
+        config = replace(self.CONFIG, input=str(tmp_path / "tables"))
+        with pytest.raises(TrainingError, match="two videos or more"):
+            build_predictor_task(config, "cpu")
