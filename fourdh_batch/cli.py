@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # imports torch
 logger = logging.getLogger(__name__)
 
 DONE, FAIL, USAGE = 0, 1, 2
+STOPPED = "stopped; finished videos are kept, the same command goes on"
 LOG_EVERY_S = 10.0
 MAX_LINES = 50  # problems that are printed
 _MIB = 1 << 20
@@ -652,7 +653,7 @@ def training_main(
         return DONE
 
     signal.signal(signal.SIGTERM, _stop)
-    return _guarded(call, kept="the last checkpoint is kept")
+    return _guarded(call, "stopped; the last checkpoint is kept, the same command goes on")
 
 
 def benchmarks_main(yaml: Path, words: Sequence[str], *, description: str) -> int:
@@ -737,12 +738,12 @@ def _split(words: list[str] | None) -> tuple[str | None, list[str]]:
     return None, words
 
 
-def _guarded(call: Callable[[], int], kept: str = "finished videos are kept") -> int:
+def _guarded(call: Callable[[], int], stopped: str = STOPPED) -> int:
     """The exit code of a call; errors raised on purpose become one clear message.
 
     Args:
         call: gives back an exit code.
-        kept: what is said when it is stopped.
+        stopped: what is said when it is.
     """
     try:
         return call()
@@ -760,7 +761,7 @@ def _guarded(call: Callable[[], int], kept: str = "finished videos are kept") ->
         typer.echo(f"error: {redact(str(error))}", err=True)
         return FAIL
     except (KeyboardInterrupt, SystemExit):  # the latter from Ray's handler while it starts
-        typer.echo(f"stopped; {kept}, the same command goes on", err=True)
+        typer.echo(stopped, err=True)
         return FAIL
 
 

@@ -210,7 +210,7 @@ class TestBadChild:
         assert (raised.value.video, raised.value.frame_index) == ("v", 2)
 
     def test_that_is_slow_but_alive_is_not_stalled(self) -> None:
-        (chunk,) = run("slowly", stall_timeout_s=2, packet_s=0.5, num_packets=9)
+        (chunk,) = run("slowly", stall_timeout_s=4, packet_s=0.8, num_packets=8)
         assert chunk.num_frames == 2
 
     def test_that_crashes_has_died(self) -> None:
