@@ -38,7 +38,7 @@ import fsspec.asyn
 import fsspec.config
 from fsspec.utils import glob_translate
 
-from fourdh_batch.errors import StorageError
+from fourdh_batch.errors import ConfigError, StorageError
 
 READ_BLOCK_BYTES = 8 * 2**20  # fetched at once; most clips of ten seconds are one block
 MAX_SPOOLED_BYTES = 8 * 2**30  # of one remote file, on local disk; two hours of 1080p at 8 Mbit/s
@@ -492,6 +492,8 @@ class Store:
         self._backend: _Backend
         if is_local(root):
             path = local_path(root).absolute()
+            if path.is_file():
+                raise ConfigError(f"{root}: expected the folder of an output, got a file")
             self.root = str(path)
             self._backend = _LocalBackend(path)
         else:

@@ -70,4 +70,8 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         sys.exit(0)
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo_output").resolve()))
+    words = sys.argv[1:]
+    if len(words) > 1 or any(word.startswith("-") for word in words):
+        print(f"expected at most one folder, got {' '.join(words)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(main(Path(words[0] if words else "demo_output").resolve()))

@@ -168,7 +168,7 @@ def test_a_damaged_state_means_starting_anew(long: Parts, tmp_path: Path, damage
     whole = saved.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 64
-    begun_wrong = (damage or b"\1") + whole[max(1, len(damage)) :]
+    begun_wrong = (damage or bytes([whole[0] ^ 1])) + whole[max(1, len(damage)) :]
     for body in (damage, whole[:-20] + damage, begun_wrong, bytes(flipped)):
         saved.write_bytes(body)
         assert long.found(store) == ""
