@@ -18,7 +18,6 @@ from fourdh_batch.types import NUM_BETAS, NUM_BODY_JOINTS
 
 JOINT_DIM = 32
 ALL_JOINTS_DIM = 1024
-NUM_SCORES = NUM_BODY_JOINTS + 2
 
 
 class Discriminator(nn.Module):
