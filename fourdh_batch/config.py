@@ -441,7 +441,7 @@ class TrainHmrConfig:
         init: weights to start from, `.ckpt` or `.safetensors` of that size; empty: random ones.
         init_backbone: weights of the backbone alone, such as `vitpose_backbone.pth`.
         mean_params: `smpl_mean_params.npz`, the body that answers are counted from; empty: of
-            `init`, or a body in rest pose.
+            `init`, or the mean of the first examples.
         body: SMPL file; empty: the open body of this package.
         extra_regressor: `SMPL_to_J19.pkl`, needed with an official SMPL file.
         drop_path: share of residual branches that are left out in the last block of the

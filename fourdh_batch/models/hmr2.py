@@ -1,6 +1,6 @@
 """HMR 2.0: crops of people to SMPL bodies.
 
-`B` people, `N` = 192 tokens, `K` = 44 keypoints, `V` vertices of the body.
+`B` people, `N` tokens, `K` = 44 keypoints, `V` vertices of the body.
 
 Source: Goel et al., Humans in 4D: Reconstructing and Tracking Humans with Transformers.
 """
@@ -204,8 +204,10 @@ class Hmr2(nn.Module):
 
 
 def backbone_view(crops: Tensor) -> Tensor:
-    """(B, 3, 256, 256) to (B, 3, 256, 192): what the backbone sees of crops."""
-    return crops[..., SIDE_MARGIN_PX : CROP_PX - SIDE_MARGIN_PX]
+    """(B, 3, S, S) to (B, 3, S, 3/4 S): what the backbone sees of crops, S = 256 if not shrunk."""
+    side = crops.shape[-1]
+    margin = side * SIDE_MARGIN_PX // CROP_PX
+    return crops[..., margin : side - margin]
 
 
 def _compile_blocks(backbone: ViT) -> None:

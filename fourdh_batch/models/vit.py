@@ -1,6 +1,7 @@
 """Backbone of HMR 2.0: a plain vision transformer as ViTPose has it.
 
-`B` crops, `N` = 192 tokens (16 rows of 12), `D` width, `A` attention heads.
+`B` crops, `N` tokens (192, 16 rows of 12, where crops are not shrunk), `D` width, `A` attention
+heads.
 Parameter names are those of the published checkpoint.
 
 Source: Goel et al., Humans in 4D, section 3.1; Xu et al., ViTPose.
@@ -17,7 +18,6 @@ from torch.nn import functional as F
 IMAGE_HW = (256, 192)
 PATCH_PX = 16
 PATCH_PADDING_PX = 2  # shifts every patch by 2 px; the last two rows and columns are never seen
-NUM_TOKENS = (IMAGE_HW[0] // PATCH_PX) * (IMAGE_HW[1] // PATCH_PX)
 NORM_EPSILON = 1e-6  # the head has PyTorch's 1e-5
 
 
@@ -27,7 +27,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, PATCH_PX, stride=PATCH_PX, padding=PATCH_PADDING_PX)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, 256, 192) to (B, N, D), row by row."""
+        """(B, 3, H, W) to (B, N, D), row by row."""
         tokens: Tensor = self.proj(image)
         return tokens.flatten(2).transpose(1, 2)
 
@@ -98,12 +98,17 @@ class ViT(nn.Module):
         dim: width D.
         num_heads: attention heads A; must divide `dim`.
         mlp_ratio: hidden width of the MLPs over `dim`.
+        shrink: the image is seen so many times smaller; 2 and 4 make less work for small models.
     """
 
-    def __init__(self, *, depth: int, dim: int, num_heads: int, mlp_ratio: int = 4) -> None:
+    def __init__(
+        self, *, depth: int, dim: int, num_heads: int, mlp_ratio: int = 4, shrink: int = 1
+    ) -> None:
         super().__init__()
+        self.image_hw = (IMAGE_HW[0] // shrink, IMAGE_HW[1] // shrink)
+        num_tokens = (self.image_hw[0] // PATCH_PX) * (self.image_hw[1] // PATCH_PX)
         # Slot 0 belonged to a class token that is gone; it is added to every token.
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + NUM_TOKENS, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_tokens, dim))
         self.patch_embed = PatchEmbed(dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.last_norm = nn.LayerNorm(dim, eps=NORM_EPSILON)
@@ -114,7 +119,16 @@ class ViT(nn.Module):
             cast(Block, block).drop_path = last * i / max(len(self.blocks) - 1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, 256, 192) normalised RGB to (B, N, D), in the dtype of the weights."""
+        """Tokens of crops.
+
+        Args:
+            image: (B, 3, 256, 192) normalised RGB, or already so much smaller as it is seen.
+
+        Returns:
+            (B, N, D) in the dtype of the weights.
+        """
+        if image.shape[2:] != self.image_hw:
+            image = F.avg_pool2d(image, image.shape[2] // self.image_hw[0])
         tokens = self.patch_embed(image) + self.pos_embed[:, 1:] + self.pos_embed[:, :1]
         for block in self.blocks:
             tokens = block(tokens)

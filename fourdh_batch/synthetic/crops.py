@@ -39,6 +39,7 @@ VIEW_SIZE_WH = (240, 180)  # of the places behind the people
 VIEWS_PER_PLACE = 4
 
 GRAIN_CROPS = 12
+SOFT = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])[None, None] / 16
 COMPANION_SHARE = 0.3  # of the crops with a second person in front or behind
 THING_SHARE = 0.3  # with something in front
 WAIST_SHARE = 0.12  # that end somewhere between waist and knees
@@ -434,6 +435,8 @@ def _expose(rgb: Tensor, grain: Tensor, rng: np.random.Generator) -> U8:
     elif kind < 0.24:  # seen from far away, made larger
         small = F.avg_pool2d(rgb[None], 2)
         rgb = F.interpolate(small, rgb.shape[1:], mode="bilinear", align_corners=False)[0]
+    elif kind < 0.6:  # edges as soft as a lens and a codec leave them
+        rgb = F.conv2d(F.pad(rgb[:, None], (1, 1, 1, 1), mode="replicate"), SOFT)[:, 0]
     gain = torch.from_numpy(rng.normal(1, 0.04, 3) * np.exp(rng.normal(0, 0.15))).float()
     rgb = (rgb * gain[:, None, None]).clamp(0, 1)
     rgb = rgb + rgb * (1 - rgb) * float(rng.normal(0, 0.15))

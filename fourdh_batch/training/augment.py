@@ -3,7 +3,7 @@
 Picture, keypoints and SMPL parameters change together: a rotation of the picture turns the body
 about the viewing axis, a mirrored picture shows a mirrored body whose left is its right.
 
-`K` = 44 keypoints, `S` = 256 side of a crop.
+`K` = 44 keypoints, `S` side of a crop: 256, or smaller for a small model.
 
 Source: training configuration of HMR 2.0. Extreme crops: Joo et al., Exemplar Fine-Tuning for 3D
 Human Model Fitting.
@@ -132,8 +132,10 @@ def draw_changes(random: np.random.Generator, config: AugmentConfig) -> Changes:
     )
 
 
-def make_example(person: Person, changes: Changes = UNCHANGED) -> Example:
-    """The crop of a person after these changes.
+def make_example(
+    person: Person, changes: Changes = UNCHANGED, *, crop_px: int = CROP_PX
+) -> Example:
+    """The crop of a person after these changes, of side `crop_px`.
 
     A picture that ends with the box (`Person.is_framed`) is mirrored and coloured only.
     """
@@ -152,15 +154,15 @@ def make_example(person: Person, changes: Changes = UNCHANGED) -> Example:
         keypoints_2d = flip_keypoints(keypoints_2d, last)
         keypoints_3d = flip_keypoints(keypoints_3d, 0)
         global_orient, body_pose = flip_pose(global_orient, body_pose)
-    affine = crop_affine(center, size * changes.scale, changes.rotation_deg)
-    pixels = cv2.warpAffine(image, affine, (CROP_PX, CROP_PX), flags=cv2.INTER_LINEAR)
+    affine = crop_affine(center, size * changes.scale, changes.rotation_deg, crop_px)
+    pixels = cv2.warpAffine(image, affine, (crop_px, crop_px), flags=cv2.INTER_LINEAR)
     colored = np.clip(pixels * np.array(changes.color, dtype=np.float32), 0, 255)
     crop = ((colored - MEAN_RGB) / STD_RGB).astype(np.float32).transpose(2, 0, 1)
     in_crop = keypoints_2d[:, :2] @ affine[:, :2].T + affine[:, 2]
     turn = _turn(changes.rotation_deg)
     return Example(
         crop=np.ascontiguousarray(crop),
-        keypoints_2d=_float32(np.column_stack((in_crop / CROP_PX - 0.5, keypoints_2d[:, 2]))),
+        keypoints_2d=_float32(np.column_stack((in_crop / crop_px - 0.5, keypoints_2d[:, 2]))),
         keypoints_3d=_float32(np.column_stack((keypoints_3d[:, :3] @ turn.T, keypoints_3d[:, 3]))),
         global_orient=_float32(turn @ global_orient),
         body_pose=_float32(body_pose),
@@ -171,11 +173,11 @@ def make_example(person: Person, changes: Changes = UNCHANGED) -> Example:
     )
 
 
-def crop_affine(center_px: F64, size_px: float, rotation_deg: float) -> F64:
+def crop_affine(center_px: F64, size_px: float, rotation_deg: float, crop_px: int = CROP_PX) -> F64:
     """Matrix that takes pixels of the picture to pixels of the crop, as published.
 
     Args:
-        center_px: (2,) that falls on crop pixel (128, 128).
+        center_px: (2,) that falls on the middle of the crop, pixel (128, 128) of 256.
         size_px: side of the square.
         rotation_deg: the square turns by this in the picture, and the picture against it.
 
@@ -188,7 +190,7 @@ def crop_affine(center_px: F64, size_px: float, rotation_deg: float) -> F64:
     down = np.array([-half * sine, half * cosine])
     right = np.array([half * cosine, half * sine])
     source = np.stack((center_px, center_px + down, center_px + right)).astype(np.float32)
-    low, high = CROP_PX / 2, float(CROP_PX)
+    low, high = crop_px / 2, float(crop_px)
     target = np.array([[low, low], [low, high], [high, low]], dtype=np.float32)
     affine: F64 = cv2.getAffineTransform(source, target).astype(np.float64)
     return affine

@@ -13,13 +13,16 @@ import torch
 
 from fourdh_batch.config import SourceConfig, TrainHmrConfig
 from fourdh_batch.errors import CheckpointError
-from fourdh_batch.models.build import load_hmr2, untrained_hmr2
+from fourdh_batch.geometry import CROP_PX
+from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, untrained_hmr2
 from fourdh_batch.models.checkpoint import fitting_tensors, read_lightning_state_dict
 from fourdh_batch.models.hmr2 import Hmr2
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.models.smpl_head import NUM_CAM_NUMBERS, NUM_POSE_NUMBERS
+from fourdh_batch.synthetic.crops import fit_weak_camera
 from fourdh_batch.training.data import MixedExamples, PeopleSource
-from fourdh_batch.training.hmr2 import HmrTask
+from fourdh_batch.training.examples import collate
+from fourdh_batch.training.hmr2 import HmrTask, mean_rotations
 from fourdh_batch.training.loop import seed_of
 from fourdh_batch.training.pose_histogram import PoseHistogram, load_pose_histogram
 from fourdh_batch.training.real_poses import load_real_poses
@@ -30,6 +33,7 @@ from fourdh_batch.types import NUM_BETAS
 
 logger = logging.getLogger(__name__)
 
+MEAN_EXAMPLES = 128  # of which random weights take the body that answers are counted from
 _TRAINING, _HELD_OUT, _MIXTURE, _REAL = range(4)  # what a seed is for
 # `smpl_mean_params.npz` to the buffers of the head; the pose is in the head's own order.
 MEAN_PARAMS = {
@@ -58,8 +62,11 @@ def build_hmr_task(config: TrainHmrConfig, device: str | torch.device = "auto") 
     }
     adversarial = bool(config.real_poses) and config.loss.adversarial > 0
     real = load_real_poses(config.real_poses, seed=seed_of(seed, _REAL)) if adversarial else None
+    model = first_model(config, body, device)
+    if not (config.init or config.mean_params):
+        _set_mean_of(model, training)
     return HmrTask(
-        first_model(config, body, device),
+        model,
         loop=config.loop,
         loss=config.loss,
         examples=training,
@@ -105,6 +112,22 @@ def _set_mean(model: Hmr2, path: Path) -> None:
         ) from error
 
 
+def _set_mean_of(model: Hmr2, training: MixedExamples) -> None:
+    """Count answers from the mean of the first examples; it turns no way, their people turn all."""
+    people = collate([training[number] for number in range(MEAN_EXAMPLES)])
+    head = model.smpl_head
+    posed, shaped = people.has_pose > 0, people.has_betas > 0
+    if posed.any():
+        mean = mean_rotations(people.body_pose[posed])
+        head.init_body_pose[0, 6:] = mean[..., :2].transpose(1, 2).flatten()
+    if shaped.any():
+        head.init_betas[0] = people.betas[shaped].mean(dim=0)
+    seen = (people.keypoints_2d[..., 2] > 0).all(1) & (people.keypoints_3d[..., 3] > 0).all(1)
+    if seen.any():
+        points, pixels = people.keypoints_3d[seen, :, :3], people.keypoints_2d[seen, :, :2]
+        head.init_cam[0] = fit_weak_camera(points, pixels).median(dim=0).values
+
+
 def _examples(
     configs: Sequence[SourceConfig],
     *,
@@ -114,8 +137,9 @@ def _examples(
     histogram: PoseHistogram | None,
     seed: int,
 ) -> MixedExamples:
+    crop_px = CROP_PX // HMR2_SIZES[config.size].shrink
     open_source: dict[str, Callable[[str, int], PeopleSource]] = {
-        "synthetic": lambda path, own: SyntheticPeople(body, path, seed=own),
+        "synthetic": lambda path, own: SyntheticPeople(body, path, seed=own, crop_px=crop_px),
         "tables": lambda path, own: TablePeople(path, seed=own),
         "tars": lambda path, own: TarPeople(path, seed=own, histogram=histogram),
     }
@@ -127,4 +151,5 @@ def _examples(
         [source.weight for source in configs],
         seed=seed_of(seed, use, _MIXTURE),
         augment=config.augment if use == _TRAINING else None,
+        crop_px=crop_px,
     )

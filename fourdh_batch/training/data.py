@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from fourdh_batch.config import AugmentConfig
+from fourdh_batch.geometry import CROP_PX
 from fourdh_batch.training.augment import UNCHANGED, draw_changes, make_example
 from fourdh_batch.training.examples import Example, Person
 from fourdh_batch.types import I64
@@ -38,6 +39,7 @@ class MixedExamples:
         weights: shares, relative to each other; rounded to 1 / `CYCLE`.
         seed: of the mixture and of the changes.
         augment: random changes; None: none, for evaluation.
+        crop_px: side of the crops.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class MixedExamples:
         *,
         seed: int,
         augment: AugmentConfig | None,
+        crop_px: int = CROP_PX,
     ) -> None:
         self._sources = list(sources)
         self._counts = _shares(weights)
         self._seed = seed
         self._augment = augment
+        self._crop_px = crop_px
         self._cycle: tuple[int, I64, I64] | None = None
 
     def place(self, number: int) -> tuple[int, int]:
@@ -73,9 +77,9 @@ class MixedExamples:
         source, own = self.place(number)
         person = self._sources[source].person(own)
         if self._augment is None:
-            return make_example(person, UNCHANGED)
+            return make_example(person, UNCHANGED, crop_px=self._crop_px)
         random = np.random.default_rng((self._seed, _CHANGE, number))
-        return make_example(person, draw_changes(random, self._augment))
+        return make_example(person, draw_changes(random, self._augment), crop_px=self._crop_px)
 
 
 def _shares(weights: Sequence[float]) -> I64:

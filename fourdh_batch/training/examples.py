@@ -1,6 +1,6 @@
 """What training examples are: a labelled person in a picture, and the crop made of it.
 
-`B` examples, `K` = 44 keypoints, `S` = 256 side of a crop.
+`B` examples, `K` = 44 keypoints, `S` side of a crop, 256 or smaller.
 """
 
 from __future__ import annotations

@@ -257,14 +257,19 @@ def _mean_body(body: SmplBody, truth: Sequence[Batch]) -> F32 | None:
     known = torch.cat([batch.has_pose for batch in truth]) > 0
     if not known.any():
         return None
-    rotations = torch.cat([batch.body_pose for batch in truth])[known].mean(dim=0).double()
+    mean_pose = mean_rotations(torch.cat([batch.body_pose for batch in truth])[known])
     betas = torch.cat([batch.betas for batch in truth])[known].mean(dim=0)
-    u, _, vt = torch.linalg.svd(rotations)
-    sign = torch.ones(len(u), 3, dtype=u.dtype)
-    sign[:, 2] = torch.linalg.det(u @ vt)
-    mean_pose = ((u * sign[:, None]) @ vt).float()
     device = body.v_template.device
     upright = torch.eye(3)[None, None]
     parameters = (tensor.to(device) for tensor in (upright, mean_pose[None], betas[None]))
     keypoints: F32 = body.keypoints_3d(*parameters)[0].cpu().numpy()
     return keypoints
+
+
+def mean_rotations(rotations: Tensor) -> Tensor:
+    """(J, 3, 3) rotations that are closest to all of (N, J, 3, 3), by least squares."""
+    u, _, vt = torch.linalg.svd(rotations.mean(dim=0).double())
+    sign = torch.ones(len(u), 3, dtype=u.dtype)
+    sign[:, 2] = torch.linalg.det(u @ vt)
+    nearest: Tensor = (u * sign[:, None]) @ vt
+    return nearest.float()

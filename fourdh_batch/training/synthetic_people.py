@@ -7,9 +7,7 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from fourdh_batch.geometry import CROP_PX
 from fourdh_batch.models.smpl import SmplBody
-from fourdh_batch.models.vit import IMAGE_HW
 from fourdh_batch.synthetic.crops import BLOCK, Crops, CropStudio
 from fourdh_batch.synthetic.mocap import load_recordings
 from fourdh_batch.training.examples import Person
@@ -17,8 +15,7 @@ from fourdh_batch.training.examples import Person
 BLOCKS_IN_MEMORY = 4
 RECORDED_SHARE = 0.5  # of the people take their pose from motion capture, where there is some
 NUM_PLACES, NUM_OUTFITS = 12, 96
-# What the backbone sees of a crop, and a column on each side for mirrored pictures.
-WIDTH_PX = IMAGE_HW[1] + 2
+EXTRA_COLUMNS = 2  # beside the three quarters that the backbone sees, for mirrored pictures
 
 
 class SyntheticPeople:
@@ -28,12 +25,14 @@ class SyntheticPeople:
         body: of the people, on the CPU.
         path: folder of motion capture; empty: the package's own motions alone.
         seed: of the people.
+        crop_px: side of the pictures.
     """
 
-    def __init__(self, body: SmplBody, path: str, *, seed: int) -> None:
+    def __init__(self, body: SmplBody, path: str, *, seed: int, crop_px: int) -> None:
         self._body = body
         self._path = path
         self._seed = seed
+        self._crop_px = crop_px
         self._studio: CropStudio | None = None
         self._blocks: OrderedDict[int, Crops] = OrderedDict()
 
@@ -52,7 +51,7 @@ class SyntheticPeople:
             self._studio = CropStudio(
                 self._body,
                 seed=self._seed,
-                size_hw=(CROP_PX, WIDTH_PX),
+                size_hw=(self._crop_px, self._crop_px * 3 // 4 + EXTRA_COLUMNS),
                 recordings=load_recordings(self._path) if self._path else (),
                 recorded_share=RECORDED_SHARE,
                 num_places=NUM_PLACES,
@@ -63,16 +62,17 @@ class SyntheticPeople:
 
 
 def _person(crops: Crops, row: int) -> Person:
-    margin = (CROP_PX - WIDTH_PX) // 2
-    image = np.zeros((CROP_PX, CROP_PX, 3), dtype=np.uint8)
-    image[:, margin : margin + WIDTH_PX] = crops.rgb[row]
+    side, width = crops.rgb.shape[1:3]
+    margin = (side - width) // 2
+    image = np.zeros((side, side, 3), dtype=np.uint8)
+    image[:, margin : margin + width] = crops.rgb[row]
     keypoints_2d: NDArray[np.float32] = crops.keypoints_2d[row].copy()
-    keypoints_2d[:, :2] = (keypoints_2d[:, :2] + 0.5) * CROP_PX
+    keypoints_2d[:, :2] = (keypoints_2d[:, :2] + 0.5) * side
     extent = np.ptp(keypoints_2d[keypoints_2d[:, 2] > 0, :2], axis=0)
     return Person(
         image=image,
-        box_center_px=np.full(2, CROP_PX / 2, dtype=np.float32),
-        box_size_px=float(CROP_PX),
+        box_center_px=np.full(2, side / 2, dtype=np.float32),
+        box_size_px=float(side),
         longer_side_px=float(extent.max()),
         keypoints_2d=keypoints_2d,
         keypoints_3d=crops.keypoints_3d[row],

@@ -36,6 +36,7 @@ from fourdh_batch.cluster import run
 from fourdh_batch.storage import Store
 
 found = {}
+failed = []
 
 def scrape():
     node = ray.nodes()[0]
@@ -60,7 +61,8 @@ def job(config, *, on_progress):
     def look(now):
         on_progress(now)
         scrape()
-        if now.shards_done == now.shards_total:
+        if now.shards_done == now.shards_total and not failed:
+            failed.append(True)  # the end may be told more than once
             fail_once()
             end = time.monotonic() + 5  # a few times the interval of reports
             while time.monotonic() < end:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fourdh_batch.models.vit import NUM_TOKENS, Attention, PatchEmbed, ViT
+from fourdh_batch.models.vit import Attention, PatchEmbed, ViT
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_tokens_run_row_by_row_and_patches_are_shifted_by_two_pixels() -> None:
     image[0, 1, :, 190:] = 9
     with torch.no_grad():
         tokens = patches(image)[0, :, 0]
-    assert tokens.shape == (NUM_TOKENS,)
+    assert tokens.shape == (192,)
     assert tokens.nonzero().flatten().tolist() == [1 * 12 + 2]
 
 
