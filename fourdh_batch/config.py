@@ -352,6 +352,8 @@ class LossConfig:
         keypoints_3d: L1 of keypoints from the pelvis, metres.
         global_orient, body_pose: squared differences of rotation matrices.
         betas: squared differences of shape coefficients.
+        keypoint_cells: cross entropy of the token in which a keypoint lies, and L1 of its place
+            in there; not published, stands for the pretraining of the backbone (0: without).
         adversarial: of both sides of the discriminator; 0 trains without it.
     """
 
@@ -360,6 +362,7 @@ class LossConfig:
     global_orient: float = 0.001
     body_pose: float = 0.001
     betas: float = 0.0005
+    keypoint_cells: float = 0.0
     adversarial: float = 0.0005
 
 

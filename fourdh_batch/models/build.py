@@ -41,6 +41,7 @@ class Hmr2Size:
         vit_depth, vit_dim, vit_heads: the backbone.
         head_depth, head_dim, head_heads, head_head_dim, head_mlp_dim: the decoder.
         shrink: the backbone sees crops so many times smaller.
+        stem: see `vit.ViT`.
     """
 
     vit_depth: int
@@ -52,13 +53,14 @@ class Hmr2Size:
     head_head_dim: int
     head_mlp_dim: int
     shrink: int = 1
+    stem: tuple[int, ...] = ()
 
 
 HMR2_SIZES = {
     # The published model: 670 M parameters, 251 GFLOP per crop.
     "vit_h": Hmr2Size(32, 1280, 16, 6, 1024, 8, 64, 1024),
-    # 3.7 M parameters, 0.3 GFLOP per crop, which it sees as 128 x 96: for CPUs.
-    "mini": Hmr2Size(6, 192, 4, 2, 256, 4, 32, 256, shrink=2),
+    # For CPUs: sees crops as 128 x 96.
+    "mini": Hmr2Size(4, 192, 4, 2, 256, 4, 32, 256, shrink=2, stem=(24, 64, 128)),
     # 0.3 M parameters: for tests.
     "tiny": Hmr2Size(2, 64, 4, 2, 96, 2, 24, 80),
 }
@@ -280,7 +282,11 @@ def _size(name: str) -> Hmr2Size:
 
 def _parts(size: Hmr2Size) -> tuple[ViT, SmplHead]:
     backbone = ViT(
-        depth=size.vit_depth, dim=size.vit_dim, num_heads=size.vit_heads, shrink=size.shrink
+        depth=size.vit_depth,
+        dim=size.vit_dim,
+        num_heads=size.vit_heads,
+        shrink=size.shrink,
+        stem=size.stem,
     )
     head = SmplHead(
         dim=size.head_dim,

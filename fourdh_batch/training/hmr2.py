@@ -31,6 +31,7 @@ from fourdh_batch.models.hmr2 import Hmr2, HmrOutput, backbone_view
 from fourdh_batch.models.smpl import SmplBody
 from fourdh_batch.training.discriminator import Discriminator
 from fourdh_batch.training.examples import Batch, Example, collate
+from fourdh_batch.training.keypoint_cells import KeypointCells
 from fourdh_batch.training.loop import Examples, update
 from fourdh_batch.training.losses import discriminator_loss, generator_loss, hmr2_losses
 from fourdh_batch.types import F32
@@ -75,16 +76,19 @@ class _WithRealPoses:
 class _Bodies(nn.Module):
     """The network with gradients; one call for `DistributedDataParallel` to watch."""
 
-    def __init__(self, model: Hmr2, precision: str) -> None:
+    def __init__(self, model: Hmr2, precision: str, cells: KeypointCells | None = None) -> None:
         super().__init__()
         self.model = model
+        self.cells = cells
         self._precision = precision
 
-    def forward(self, crops: Tensor) -> HmrOutput:
-        """As `Hmr2`."""
+    def forward(self, crops: Tensor) -> tuple[HmrOutput, Tensor]:
+        """As `Hmr2`, and what `KeypointCells` makes of its tokens, which may be empty."""
         with torch.autocast(crops.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             tokens = self.model.backbone(backbone_view(crops))
-        return self.model.read_out(tokens.float())
+        tokens = tokens.float()
+        told = self.cells(tokens) if self.cells else tokens.new_empty(0)
+        return self.model.read_out(tokens), told
 
 
 class HmrTask:
@@ -120,16 +124,22 @@ class HmrTask:
         model.requires_grad_(True)
         # Never acts on an answer: its input is zero.
         model.smpl_head.transformer.to_token_embedding.weight.requires_grad_(False)
-        self._bodies: nn.Module = _Bodies(model, loop.precision)
+        self._cells: KeypointCells | None = None
         self._discriminator: Discriminator | None = None
         self._judge: nn.Module | None = None
         modules: dict[str, nn.Module] = {"backbone": model.backbone, "smpl_head": model.smpl_head}
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        if loss.keypoint_cells:
+            torch.manual_seed(loop.seed)
+            self._cells = KeypointCells(model.backbone).to(self._device)
+            modules["cells"] = self._cells
+            self._trained += self._cells.parameters()
+        self._bodies: nn.Module = _Bodies(model, loop.precision, self._cells)
         if real:
             torch.manual_seed(loop.seed)
             self._judge = self._discriminator = Discriminator().to(self._device)
             modules["discriminator"] = self._discriminator
         self.modules: Mapping[str, nn.Module] = modules
-        self._trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizers: Mapping[str, Optimizer] = {"generator": self._optimizer(self._trained)}
         if self._discriminator:
             own = self._discriminator.parameters()
@@ -158,11 +168,15 @@ class HmrTask:
     def step(self, batch: HmrBatch) -> dict[str, Tensor]:
         """See `loop.Task`. The figure `loss` leaves the adversarial term out, as published."""
         people = batch.people.to(self._device)
-        output: HmrOutput = self._bodies(people.crop)
+        output, told = self._bodies(people.crop)
         losses = hmr2_losses(output, people)
         loss = losses.weighted(self._loss)
         figures = {"loss": loss.detach()}
         figures |= {f"loss_{name}": value.detach() for name, value in losses._asdict().items()}
+        if self._cells:
+            cells = self._cells.loss(told, people.keypoints_2d)
+            figures["loss_keypoint_cells"] = cells.detach()
+            loss = loss + self._loss.keypoint_cells * cells
         if self._discriminator:
             self._discriminator.requires_grad_(False)
             scores = self._discriminator(output.body_pose, output.betas)
@@ -224,7 +238,7 @@ def evaluate_hmr2(bodies: nn.Module, model: Hmr2, batches: Iterable[HmrBatch]) -
     device = next(model.parameters()).device
     found, truth = [], []
     for batch in batches:
-        output: HmrOutput = bodies(batch.people.crop.to(device))
+        output, _ = bodies(batch.people.crop.to(device))
         found.append((output.keypoints_3d.cpu().numpy(), output.keypoints_2d.cpu().numpy()))
         truth.append(batch.people._replace(crop=torch.empty(0)))
     keypoints_3d, keypoints_2d = (np.concatenate(part) for part in zip(*found, strict=True))
