@@ -8,6 +8,7 @@
   python -m tests.benchmark small_clips     two thousand of them (minutes)
   python -m tests.benchmark scheduling      1 to 16 model processes with a played GPU (minutes)
   python -m tests.benchmark thousand_gpus   what they would ask of driver and store (minutes)
+  python -m tests.benchmark accuracy hmr=...  the whole pipeline against truth (minutes)
 
 Each figure is the median of several interleaved rounds, with the smallest and the largest.
 Absolute times are only meaningful on a named GPU: see `gpu_hmr2.py`.
@@ -20,17 +21,32 @@ import sys
 from importlib import import_module
 
 QUICK = ("decode", "hmr", "tracker", "keeping_up", "engine")
-ALL = (*QUICK, "memory", "planning", "remote_reading", "small_clips", "scheduling", "thousand_gpus")
+ALL = (
+    *QUICK,
+    "memory",
+    "planning",
+    "remote_reading",
+    "small_clips",
+    "scheduling",
+    "thousand_gpus",
+    "accuracy",
+)
+WITH_WORDS = {"accuracy"}  # take key=value words
 
 
 def main(words: list[str]) -> int:
-    names = [word for word in words if not word.startswith("-")] or list(QUICK)
+    given = [word for word in words if "=" in word]
+    names = [word for word in words if not word.startswith("-") and "=" not in word] or list(QUICK)
     unknown = sorted(set(names) - set(ALL))
     if unknown:
         print(f"unknown: {', '.join(unknown)}; known: {', '.join(ALL)}", file=sys.stderr)
         return 2
+    if given and (others := sorted(set(names) - WITH_WORDS)):
+        print(f"take no key=value words: {', '.join(others)}", file=sys.stderr)
+        return 2
     for name in names:
-        figures = import_module(f"tests.benchmark.{name}").run()
+        run = import_module(f"tests.benchmark.{name}").run
+        figures = run(given) if name in WITH_WORDS else run()
         for figure in figures:
             if "--json" in words:
                 print(json.dumps({"benchmark": name, **figure}))
