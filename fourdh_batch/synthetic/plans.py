@@ -35,6 +35,15 @@ FEATURES = {
     "gestures": "everybody gestures, some bend, squat or kick",
 }
 
+# Features that need people of their own, and how many.
+FEATURED = (
+    ({"crossing"}, 2),
+    ({"occlusion", "long_occlusion"}, 1),
+    ({"reentry"}, 1),
+    ({"scale"}, 1),
+    ({"motion_blur"}, 1),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -193,6 +202,7 @@ def draw_plan(
         raise ValueError(f"features: expected names out of {list(FEATURES)}, got {unknown}")
     least = 2 if "crossing" in chosen else 1
     cast = int(rng.integers(5, 9) if "crowd" in chosen else rng.integers(least, 5))
+    cast = max(cast, sum(n for who, n in FEATURED if who & chosen))
     num_shots = int(rng.integers(2, 4)) if "cut" in chosen else 1
     shots = [_draw_shot(rng, chosen, cast, num_recordings, num_frames / num_shots)]
     while len(shots) < num_shots:  # after a cut some of them, placed anew

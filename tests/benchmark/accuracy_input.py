@@ -188,7 +188,8 @@ class _Told(nn.Module):
         assert len(crops) == 1
         person = [torch.from_numpy(part)[None].float() for part in self.people.pop(0)]
         global_orient, body_pose, betas, pred_cam = person
-        posed = self.body(global_orient, body_pose, betas)
+        pose = global_orient, body_pose, betas
+        posed = self.body(*pose) if with_vertices else None
         nothing = torch.zeros(1, 0)
         return HmrOutput(
             global_orient=global_orient,
@@ -196,11 +197,11 @@ class _Told(nn.Module):
             betas=betas,
             pred_cam=pred_cam,
             pred_cam_t=crop_camera_translation(pred_cam),
-            keypoints_3d=posed.keypoints_3d,
+            keypoints_3d=posed.keypoints_3d if posed else self.body.keypoints_3d(*pose),
             keypoints_2d=nothing,
             pose6d=nothing,
             token_out=nothing,
-            vertices=posed.vertices,
+            vertices=posed.vertices if posed else None,
         )
 
 

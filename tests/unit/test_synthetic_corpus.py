@@ -329,6 +329,17 @@ def test_plans_are_drawn_by_seed_and_show_what_was_asked_for() -> None:
     assert list(drawn)[3] == "drawn_00003"
 
 
+def test_a_plan_of_several_features_shows_all_of_them() -> None:
+    features = {"crossing", "long_occlusion", "reentry", "motion_blur", "scale"}
+    for index in range(20):
+        [shot] = draw_plan(4, index, features=features).shots
+        there, back, *others = shot.steps
+        assert there.heading_deg * back.heading_deg < 0
+        assert any(block.size_m[0] > 0.9 for block in shot.blocks)
+        assert any(step.turns_back_s is not None for step in others)
+        assert any(step.gait.cycles_per_s >= 1.25 for step in others)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("feature", ["crossing", "long_occlusion", "reentry", "scale"])
 def test_a_drawn_clip_shows_its_feature(body: SmplBody, tmp_path: Path, feature: str) -> None:
