@@ -21,12 +21,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from fourdh_batch import __version__, logs
 from fourdh_batch.config import (
@@ -62,6 +63,7 @@ DONE, FAIL, USAGE = 0, 1, 2
 STOPPED = "stopped; finished videos are kept, the same command goes on"
 LOG_EVERY_S = 10.0
 MAX_LINES = 50  # problems that are printed
+NAME_WIDTH = 18  # of videos, at least, however narrow the terminal
 _MIB = 1 << 20
 
 app = typer.Typer(
@@ -347,19 +349,28 @@ def synthesize_command(
     ] = None,
     frames: Annotated[int, typer.Option(min=3, help="Of each clip, at 25 per second.")] = 90,
     height: Annotated[int, typer.Option(min=48, help="Of the 4:3 pictures, pixels.")] = 288,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the corpus that the folder holds.")
+    ] = False,
 ) -> None:
     """Render clips of people with their exact truth: shapes, poses, cameras, identities.
 
     Writes <name>.mp4, boxes.parquet (what a faultless detector finds), truth.parquet (a tracks
-    table) and sheet.png (three frames of each clip). The first ten clips show one difficulty
-    each: crossings, occlusions, re-entries, moving cameras, cuts, crowds.
+    table) and sheet.png (three frames of each clip). Names say what is difficult; the first ten
+    clips show one difficulty each: crossings, occlusions, re-entries, moving cameras, cuts, crowds.
 
     Example: fourdh synthesize /data/synthetic --clips 20 --seed 1 --motion /data/amass/CMU/01
     """
 
     def make() -> int:
         made = synthesize(
-            folder, clips=clips, seed=seed, motion=motion, frames=frames, height=height
+            folder,
+            clips=clips,
+            seed=seed,
+            motion=motion,
+            frames=frames,
+            height=height,
+            overwrite=overwrite,
         )
         typer.echo(f"{made} clips in {folder}; look at {folder / 'sheet.png'}")
         return DONE
@@ -477,12 +488,19 @@ def show(output: str, video_id: str, to: str | Path) -> None:
 
 
 def synthesize(
-    folder: Path, *, clips: int, seed: int, motion: Path | None, frames: int, height: int
+    folder: Path,
+    *,
+    clips: int,
+    seed: int,
+    motion: Path | None,
+    frames: int,
+    height: int,
+    overwrite: bool,
 ) -> int:
     """Write a synthetic corpus and a contact sheet of it; the number of clips.
 
     Raises:
-        ConfigError: the motion folder is none.
+        ConfigError: the motion folder is none, or the folder holds a corpus already.
         MotionError: one of its files cannot be used.
     """
     from fourdh_batch.models.smpl import load_body
@@ -494,6 +512,11 @@ def synthesize(
 
     if motion is not None and not motion.is_dir():
         raise ConfigError(f"--motion: expected a folder, got {motion}")
+    truth = folder / "truth.parquet"
+    if truth.exists():
+        if not overwrite:
+            raise ConfigError(f"{folder} holds a corpus already; take another, or --overwrite")
+        _remove_clips(folder, truth)
     recordings = load_recordings(motion) if motion is not None else []
     plans = drawn_clips(seed, clips, num_recordings=len(recordings), num_frames=frames)
     made = make_corpus(
@@ -511,6 +534,18 @@ def synthesize(
     ]
     contact_sheet(pictures, folder / "sheet.png", columns=6)
     return len(made)
+
+
+def _remove_clips(folder: Path, truth: Path) -> None:
+    """Delete the clips of a truth, which would stay beside those of another."""
+    try:
+        names = pq.read_table(truth, columns=["video_id"])["video_id"].unique().to_pylist()
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{truth}: expected the truth of a corpus, got {error}") from error
+    for name in names:
+        if Path(name).name == name and name.endswith(".mp4"):  # the file may be anybody's
+            (folder / name).unlink(missing_ok=True)
+    truth.unlink()
 
 
 def doctor() -> dict[str, Any]:
@@ -712,7 +747,7 @@ def benchmarks_main(yaml: Path, words: Sequence[str], *, description: str) -> in
 def _print_figures(figures: Sequence[Figure]) -> None:
     console = Console()
     for section in dict.fromkeys(figure.section for figure in figures):
-        table = Table("data", "measure", "ours", "paper", "", title=section)
+        table = _table("data", "measure", "ours", "paper", "", title=section)
         for figure in figures:
             if figure.section != section:
                 continue
@@ -880,7 +915,7 @@ def _summary(report: RunReport) -> dict[str, Any]:
 
 def _print_summary(report: RunReport) -> None:
     summary = _summary(report)
-    table = Table(show_header=False, title=f"run {report.run_id}")
+    table = _table("", "", show_header=False, title=f"run {report.run_id}")
     if not report.shards and not report.failed_shards:
         table.add_row("nothing to do", f"{report.num_shards_before} shards are up to date")
     else:
@@ -926,10 +961,15 @@ def write_report(report: Report, to: str) -> None:
     store.write_bytes(name, sink.getvalue())
 
 
+def _table(*headers: str, **options: Any) -> Table:
+    """A table that folds what a narrow terminal has no room for, instead of cutting it off."""
+    return Table(*(Column(header, overflow="fold") for header in headers), **options)
+
+
 def _print_scores(report: Report) -> None:
     console, overall = Console(), report.overall
     num_missing = len(report.missing)
-    table = Table(show_header=False, title=f"{report.predictions} against {report.truth}")
+    table = _table("", "", show_header=False, title=f"{report.predictions} against {report.truth}")
     table.add_row("videos", f"{len(report.per_video)}, of them {num_missing} missing")
     table.add_row("bodies", _pose_line(overall.pose))
     if overall.completed.num_people:
@@ -950,13 +990,16 @@ def _print_scores(report: Report) -> None:
         f"recall at IoU 0.5 {boxes.recall50:.3f}",
     )
     console.print(table)
-    each = Table(
+    each = _table(
         *("video", "bodies", "MPJPE", "PA-MPJPE"),
         *(f"{word} {name}" for name in overall.tracking for word in ("HOTA", "MOTA", "IDs")),
+        box=None,
+        padding=(0, 1, 0, 0),
         caption=f"the first {MAX_LINES} videos; --to has all"
         if len(report.per_video) > MAX_LINES
         else None,
     )
+    each.columns[0].min_width = NAME_WIDTH
     for video_id, one in islice(report.per_video.items(), MAX_LINES):
         label = f"{video_id} (missing)" if report.status[video_id] == MISSING else video_id
         each.add_row(
@@ -974,8 +1017,10 @@ def _print_scores(report: Report) -> None:
     console.print(each)
     for video_id in report.missing[:MAX_LINES]:
         typer.echo(f"missing: {video_id}: in the truth, not in the predictions; all are misses")
-    if report.without_truth:
-        typer.echo(f"not scored, as there is no truth: {len(report.without_truth)} videos")
+    for video_id in report.without_truth[:MAX_LINES]:
+        typer.echo(f"not scored: {video_id}: there is no truth")
+    if (rest := len(report.without_truth) - MAX_LINES) > 0:
+        typer.echo(f"not scored: and {rest} more; --json names them")
     for note in report.notes:
         typer.echo(f"note: {note}")
 
@@ -997,7 +1042,7 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 def _print_plan(found: DryRun) -> None:
     console = Console()
-    table = Table(show_header=False, title="what a run would do")
+    table = _table("", "", show_header=False, title="what a run would do")
     table.add_row("corpus", f"{found.num_videos} videos in {found.num_shards} shards")
     table.add_row("up to date", f"{found.shards_up_to_date} shards")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.changes.items()))
@@ -1031,7 +1076,7 @@ def _print_plan(found: DryRun) -> None:
     console.print(table)
     if found.shards:
         rest = found.shards_todo - len(found.shards)
-        shards = Table(
+        shards = _table(
             *("shard", "videos", "kept", "MiB", "frames"),
             title="shards to do",
             caption=f"and {rest} more; --all lists them" if rest else None,

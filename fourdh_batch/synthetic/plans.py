@@ -164,18 +164,22 @@ CLIPS: dict[str, ClipPlan] = {
 def drawn_clips(
     seed: int, count: int, *, num_recordings: int = 0, num_frames: int = DRAWN_FRAMES
 ) -> dict[str, ClipPlan]:
-    """`count` drawn plans by name; the first ones go through all of `FEATURES` in turn."""
+    """`count` drawn plans; the first ones go through all of `FEATURES` in turn.
+
+    Names are a number and the features, as in ``00012-crowd-reentry``.
+    """
     names = list(FEATURES)
-    return {
-        f"drawn_{index:05d}": draw_plan(
+    drawn = {}
+    for index in range(count):
+        plan = draw_plan(
             seed,
             index,
             features=[names[index]] if index < len(names) else None,
             num_recordings=num_recordings,
             num_frames=num_frames,
         )
-        for index in range(count)
-    }
+        drawn["-".join((f"{index:05d}", *sorted(plan.features)))] = plan
+    return drawn
 
 
 def draw_plan(

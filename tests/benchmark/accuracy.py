@@ -69,6 +69,7 @@ DEFAULTS = {
     **{"output": "accuracy_output", "clips": "14", "frames": "90", "height": "288", "seed": "1000"},
 }
 OVERLAP = "overlap alone"
+ALL, WITHOUT_CUTS = "all clips", "clips without cuts"
 TARGETS = {"hota": 0.75, "idf1": 0.90, "mota": 0.90}  # at IoU 0.5
 MAX_SWITCHES = 0.5  # of those of overlap alone
 GAPS = (5, 10, 20)  # frames; the last class is open
@@ -78,6 +79,8 @@ MIN_HELD_OUT_SEED = 1000
 
 Followed = dict[str, dict[str, Boxes]]
 """By tracker and video id."""
+Scored = tuple[dict[str, TrackingScores], TrackingScores]
+"""By video id, and of all."""
 
 
 def run(words: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -177,11 +180,16 @@ class _Set:
         followed, cues = self._follow()
         report = evaluate(str(self.folder / "tables"), str(self.truth_path), body=self.body)
         scores = {
-            protocol: {name: self._score(boxes, protocol) for name, boxes in followed.items()}
-            for protocol in PROTOCOLS
+            group: {
+                protocol: {
+                    name: self._score(boxes, videos, protocol) for name, boxes in followed.items()
+                }
+                for protocol in PROTOCOLS
+            }
+            for group, videos in self._groups().items()
         }
         for protocol in PROTOCOLS:  # tracked again is tracked alike
-            assert scores[protocol][ALL_CUES][1] == report.overall.tracking[protocol]
+            assert scores[ALL][protocol][ALL_CUES][1] == report.overall.tracking[protocol]
         gaps = self._gaps()
         mean_body = self._mean_body_mm()
         _print(self.clips, report, scores, gaps, mean_body)
@@ -192,14 +200,17 @@ class _Set:
             "report": report.to_dict(),
             "pa_mpjpe_mm_of_mean_body": mean_body,
             "trackers": {
-                protocol: {
-                    name: {
-                        "overall": all_.to_dict(),
-                        "per_video": {video: one.to_dict() for video, one in videos.items()},
+                group: {
+                    protocol: {
+                        name: {
+                            "overall": all_.to_dict(),
+                            "per_video": {video: one.to_dict() for video, one in videos.items()},
+                        }
+                        for name, (videos, all_) in of_protocol.items()
                     }
-                    for name, (videos, all_) in of_protocol.items()
+                    for protocol, of_protocol in of_group.items()
                 }
-                for protocol, of_protocol in scores.items()
+                for group, of_group in scores.items()
             },
             "gaps": gaps.to_dict("records"),
         }
@@ -267,14 +278,20 @@ class _Set:
         tracking.finish(VideoEnd(OK))
         return _boxes(spool.tables()["tracks"])
 
-    def _score(
-        self, followed: dict[str, Boxes], protocol: str
-    ) -> tuple[dict[str, TrackingScores], TrackingScores]:
+    def _groups(self) -> dict[str, list[str]]:
+        """Names of videos: the tracker does not claim to know people again across a cut."""
+        names = {clip.video_id: "cut" in clip.features for clip in self.clips}
+        groups = {
+            ALL: list(names),
+            WITHOUT_CUTS: [name for name, has_cut in names.items() if not has_cut],
+        }
+        return {group: videos for group, videos in groups.items() if videos}
+
+    def _score(self, followed: dict[str, Boxes], videos: Sequence[str], protocol: str) -> Scored:
         pairs = {}
-        for video_id, predicted in followed.items():
-            rows = self._true_rows(video_id)
-            is_seen = _is_detected(rows)
-            visible, counts = drop_hidden(_boxes(rows), is_seen, predicted)
+        for video_id in videos:
+            rows, predicted = self._true_rows(video_id), followed[video_id]
+            visible, counts = drop_hidden(_boxes(rows), _is_detected(rows), predicted)
             pairs[video_id] = visible, predicted.take(counts)
         return tracking_scores(pairs, protocol)
 
@@ -371,8 +388,7 @@ class _Set:
                 draw_frame(rgb[i], rows[rows["frame_index"] == i], caption=f"{i}")
                 for i in chosen.tolist()
             ]
-            name = f"{clip.path.stem}_{'_'.join(sorted(clip.features))}.png"
-            contact_sheet(pictures, self.folder / name, columns=4)
+            contact_sheet(pictures, self.folder / f"{clip.path.stem}.png", columns=4)
 
 
 def _boxes(rows: Any) -> Boxes:
@@ -416,15 +432,16 @@ def _print(
         print(note)
     print("\nPoses of missed frames: MPJPE mm by length of the gap")
     print(gaps.to_string(index=False))
-    for protocol, of_protocol in scores.items():
-        print(f"\nTrackers, protocol {protocol}")
-        rows = {
-            name if name in (ALL_CUES, OVERLAP) else f"- {name}": _row(all_)
-            for name, (_, all_) in of_protocol.items()
-        }
-        print(pd.DataFrame(rows).T.to_string())
+    for group, of_group in scores.items():
+        for protocol, of_protocol in of_group.items():
+            print(f"\nTrackers, {group}, protocol {protocol}")
+            rows = {
+                name if name in (ALL_CUES, OVERLAP) else f"- {name}": _row(all_)
+                for name, (_, all_) in of_protocol.items()
+            }
+            print(_whole(pd.DataFrame(rows).T).to_string())
     print("\nClips, protocol iou50; last: ID switches of the other trackers")
-    of_protocol = scores["iou50"]
+    of_protocol = scores[ALL]["iou50"]
     lines = {}
     for clip in clips:
         others = {
@@ -432,12 +449,18 @@ def _print(
             for name, (videos, _) in of_protocol.items()
             if name != ALL_CUES
         }
-        lines[f"{clip.path.stem} {'+'.join(sorted(clip.features))}"] = {
+        lines[clip.path.stem] = {
             "people": clip.num_people,
             **_row(of_protocol[ALL_CUES][0][clip.video_id]),
             **others,
         }
-    print(pd.DataFrame(lines).T.to_string(), flush=True)
+    print(_whole(pd.DataFrame(lines).T).to_string(), flush=True)
+
+
+def _whole(table: pd.DataFrame) -> pd.DataFrame:
+    """Counts without a decimal point."""
+    counts = [name for name in table if (table[name] == table[name].round()).all()]
+    return table.astype(dict.fromkeys(counts, int))
 
 
 def _row(scores: TrackingScores) -> dict[str, float]:
@@ -452,24 +475,18 @@ def _row(scores: TrackingScores) -> dict[str, float]:
 
 
 def _figures(name: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
-    trackers = measured["trackers"]["iou50"]
-    ours, overlap = trackers[ALL_CUES]["overall"], trackers[OVERLAP]["overall"]
-    figures = [
-        {
-            "what": f"{name}: {key.upper()} at IoU 0.5 (target {target})",
-            "value": ours[key],
-            "unit": "",
-        }
-        for key, target in TARGETS.items()
-    ]
+    figures = []
+    for group, of_group in measured["trackers"].items():
+        ours, overlap = (of_group["iou50"][who]["overall"] for who in (ALL_CUES, OVERLAP))
+        for key, target in TARGETS.items():
+            what = f"{name}, {group}: {key.upper()} at IoU 0.5 (target {target})"
+            figures.append({"what": what, "value": ours[key], "unit": ""})
+        what = f"{name}, {group}: ID switches / overlap alone (target {MAX_SWITCHES})"
+        share = ours["id_switches"] / max(overlap["id_switches"], 1)
+        figures.append({"what": what, "value": share, "unit": "x"})
     pose = measured["report"]["overall"]["pose"]
     return [
         *figures,
-        {
-            "what": f"{name}: ID switches / overlap alone (target {MAX_SWITCHES})",
-            "value": ours["id_switches"] / max(overlap["id_switches"], 1),
-            "unit": "x",
-        },
         {
             "what": f"{name}: PA-MPJPE / that of the mean body",
             "value": pose["pa_mpjpe_mm"] / measured["pa_mpjpe_mm_of_mean_body"],

@@ -22,7 +22,7 @@ from fourdh_batch.models.texture import TextureSampler
 from fourdh_batch.pipeline.reconstruct import Reconstruction, Reconstructor
 from fourdh_batch.synthetic.corpus import BOXES, Clip, make_corpus
 from fourdh_batch.synthetic.mocap import load_recordings
-from fourdh_batch.synthetic.plans import ClipPlan, drawn_clips
+from fourdh_batch.synthetic.plans import FEATURES, ClipPlan, draw_plan
 from fourdh_batch.tables.reader import smpl_arrays
 from fourdh_batch.types import F32, F64, I64, FrameChunk, RleMask
 
@@ -35,6 +35,15 @@ MISSED_BARELY_VISIBLE = 0.5  # at the least that the truth calls visible
 SAFE_VISIBILITY = 0.5  # from which a person is only missed like anybody
 BARELY_VISIBLE = 0.15
 FALSE_PER_FRAME = 0.03
+
+# What the clips show, in turn: every feature by itself, then what is hard together.
+SHOWN = (
+    *((feature,) for feature in FEATURES),
+    ("crossing", "occlusion"),
+    ("crossing", "reentry"),
+    ("crossing", "long_occlusion", "moving_camera"),
+    ("crossing", "crowd"),
+)
 
 UPRIGHT = np.diag([1.0, -1.0, -1.0]).astype(np.float32)  # a body in camera axes, facing the viewer
 
@@ -49,17 +58,21 @@ def held_out_corpus(
     height: int,
     motion: str = "",
 ) -> list[Clip]:
-    """Clips of all features in turn, then of several at once.
+    """Clips of what is `SHOWN`.
 
     Args:
         motion: folder of motion capture; everybody plays it, but for those who turn back outside
             the picture. Empty: the package's own motions.
     """
     recordings = load_recordings(motion) if motion else []
-    plans = drawn_clips(seed, count, num_recordings=len(recordings), num_frames=num_frames)
-    if recordings:
-        rng = np.random.default_rng([seed, 0xACC])
-        plans = {name: _recorded(plan, len(recordings), rng) for name, plan in plans.items()}
+    plans = {}
+    for index in range(count):
+        features = SHOWN[index % len(SHOWN)]
+        plan = draw_plan(seed, index, features=features, num_frames=num_frames)
+        if recordings:
+            rng = np.random.default_rng([seed, index, 0xACC])
+            plan = _recorded(plan, len(recordings), rng)
+        plans[f"{index:02d}-{'-'.join(features)}"] = plan
     return make_corpus(
         folder,
         body,

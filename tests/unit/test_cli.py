@@ -73,8 +73,16 @@ def test_synthesize_writes_a_corpus_with_its_truth(tmp_path: Path) -> None:
     result = runner.invoke(app, ["synthesize", str(tmp_path), *words])
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        *("boxes.parquet", "drawn_00000.mp4", "sheet.png", "truth.parquet"),
+        *("00000-crossing.mp4", "boxes.parquet", "sheet.png", "truth.parquet"),
     ]
+    result = runner.invoke(app, ["synthesize", str(tmp_path), *words])
+    assert result.exit_code == 2
+    assert "holds a corpus already" in result.output
+    others = ["--clips", "1", "--seed", "3", "--frames", "6", "--height", "72"]
+    (tmp_path / "mine.txt").write_text("kept")
+    result = runner.invoke(app, ["synthesize", str(tmp_path), *others, "--overwrite"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "mine.txt").exists()
     result = runner.invoke(app, ["synthesize", str(tmp_path), "--motion", "/nowhere"])
     assert result.exit_code == 2
     assert "expected a folder" in result.output

@@ -82,6 +82,19 @@ def test_no_acceleration_is_taken_across_a_cut_or_a_gap(tmp_path: Path) -> None:
     assert error(cut) == pytest.approx((error(halves[0]) + error(halves[1])) / 2)
 
 
+def test_nothing_is_cut_off_in_a_narrow_terminal_and_left_out_videos_are_named(
+    tmp_path: Path,
+) -> None:
+    long = "00012-crowd-cut-long_occlusion-motion_blur-reentry.mp4"
+    root = write_root(str(tmp_path / "root"), {long: people(long), "extra.mp4": None})
+    truth = write_truth(tmp_path / "t.parquet", people(long), people("gone.mp4"))
+    result = runner.invoke(app, ["evaluate", root, truth], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.output
+    assert "missing: gone.mp4" in result.output
+    assert "not scored: extra.mp4" in result.output
+
+
 def test_a_missing_or_failed_video_is_all_misses_and_named(tmp_path: Path) -> None:
     root = write_root(
         str(tmp_path / "root"),

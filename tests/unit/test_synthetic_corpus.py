@@ -326,7 +326,8 @@ def test_plans_are_drawn_by_seed_and_show_what_was_asked_for() -> None:
         draw_plan(0, 0, features=["dance"])
     drawn = drawn_clips(0, 25)
     assert len({plan.features for plan in drawn.values()}) > 15
-    assert list(drawn)[3] == "drawn_00003"
+    assert list(drawn)[3] == "00003-reentry"
+    assert all(name.split("-")[1:] == sorted(plan.features) for name, plan in drawn.items())
 
 
 def test_a_plan_of_several_features_shows_all_of_them() -> None:
