@@ -24,6 +24,7 @@ from fourdh_batch.errors import ConfigError
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 SOURCE_KINDS = ("synthetic", "tables", "tars")
+TRACK_SOURCE_KINDS = ("synthetic", "tables")
 DECAYS = ("constant", "cosine")
 
 
@@ -485,11 +486,17 @@ class TrainPredictorConfig:
     """Training of the pose predictor, for `jobs/train_predictor.py`.
 
     Attributes:
-        input: output root of a run, whose `tracks` are trained on.
-        held_out: output root whose `tracks` are evaluated on; empty: every tenth video of
-            `input`, which then is not trained on.
         output: folder or prefix for checkpoints, logs and the final weights (any fsspec path).
-        dim, depth, num_heads, head_dim, mlp_dim: sizes of `models/predictor.py`.
+        sources: what is trained on, `synthetic` and `tables`; a list such as
+            `[{kind: tables, path: /data/tables}, {kind: synthetic, weight: 0.2}]`. Of a path to
+            motion capture everybody's motion is taken.
+        held_out: what is evaluated on, the same way, each by itself; its `synthetic` has other
+            seeds. Of an output root that is in both lists every tenth video is held out.
+        held_out_examples: of each of these.
+        jitter_deg: by so much (standard deviation about each axis) the rotations that the
+            predictor is shown of `synthetic` people are wrong, as estimates are; what it has to
+            tell is exact.
+        dim, depth, num_heads, head_dim, mlp_dim, smpl_dim: sizes of `models/predictor.py`.
         frame_length: slots of a track that are seen at once.
         mask_share: share of the poses that are hidden, as published.
         stretch_share: share of the tracks of which a stretch is hidden instead, or all but the
@@ -497,14 +504,17 @@ class TrainPredictorConfig:
         min_rows: shorter tracks are left out.
     """
 
-    input: str = ""
-    held_out: str = ""
     output: str = ""
+    sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
+    held_out: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
+    held_out_examples: int = 512
+    jitter_deg: float = 3.0
     dim: int = 128
-    depth: int = 4
+    depth: int = 2
     num_heads: int = 4
     head_dim: int = 32
     mlp_dim: int = 256
+    smpl_dim: int = 256
     frame_length: int = 125
     mask_share: float = 0.4
     stretch_share: float = 0.5
@@ -706,11 +716,30 @@ def _loop_checks(loop: LoopConfig) -> list[_Check]:
     ]
 
 
-def _hmr_checks(config: TrainHmrConfig) -> list[_Check]:
+def _source_checks(
+    config: TrainHmrConfig | TrainPredictorConfig, kinds: tuple[str, ...]
+) -> list[_Check]:
     lists = {"sources": config.sources, "held_out": config.held_out}
+    names = [source.name or source.kind for source in config.held_out]
     checks: list[_Check] = [
         ("sources", bool(config.sources), "at least one source", config.sources),
+        ("held_out", bool(names), "at least one source", config.held_out),
+        ("held_out", len(set(names)) == len(names), "different names", names),
         ("held_out_examples", config.held_out_examples >= 1, "1 or more", config.held_out_examples),
+    ]
+    for name, sources in lists.items():
+        for source in sources:
+            checks += [
+                (name, source.kind in kinds, f"a kind of {kinds}", source.kind),
+                (name, source.weight > 0 and math.isfinite(source.weight), "weights", source),
+                (name, source.kind == "synthetic" or bool(source.path), "a path", source),
+            ]
+    return checks
+
+
+def _hmr_checks(config: TrainHmrConfig) -> list[_Check]:
+    checks: list[_Check] = [
+        *_source_checks(config, SOURCE_KINDS),
         ("drop_path", 0 <= config.drop_path < 1, "0 to below 1", config.drop_path),
         (
             "real_poses",
@@ -719,16 +748,6 @@ def _hmr_checks(config: TrainHmrConfig) -> list[_Check]:
             config.real_poses,
         ),
     ]
-    names = [source.name or source.kind for source in config.held_out]
-    checks.append(("held_out", bool(names), "at least one source", config.held_out))
-    checks.append(("held_out", len(set(names)) == len(names), "different names", names))
-    for name, sources in lists.items():
-        for source in sources:
-            checks += [
-                (name, source.kind in SOURCE_KINDS, f"a kind of {SOURCE_KINDS}", source.kind),
-                (name, source.weight > 0 and math.isfinite(source.weight), "weights", source),
-                (name, source.kind == "synthetic" or bool(source.path), "a path", source),
-            ]
     checks += [
         (f"loss.{name}", weight >= 0, "0 or more", weight)
         for name, weight in asdict(config.loss).items()
@@ -743,8 +762,10 @@ def _hmr_checks(config: TrainHmrConfig) -> list[_Check]:
 
 def _predictor_checks(config: TrainPredictorConfig) -> list[_Check]:
     shares = {"mask_share": config.mask_share, "stretch_share": config.stretch_share}
-    sizes = ("dim", "depth", "num_heads", "head_dim", "mlp_dim", "frame_length")
+    sizes = ("dim", "depth", "num_heads", "head_dim", "mlp_dim", "smpl_dim", "frame_length")
     return [
+        *_source_checks(config, TRACK_SOURCE_KINDS),
+        ("jitter_deg", config.jitter_deg >= 0, "0 or more", config.jitter_deg),
         *((name, 0 <= share <= 1, "0 to 1", share) for name, share in shares.items()),
         *((name, getattr(config, name) >= 1, "1 or more", getattr(config, name)) for name in sizes),
         ("min_rows", config.min_rows >= 2, "2 or more", config.min_rows),

@@ -319,6 +319,7 @@ def _size(weights: Mapping[str, Tensor], told: Mapping[str, int], source: str) -
             depth=len(layers),
             mlp_dim=axis(f"{first}.1.fn.net.0.weight", 0, 2),
             mid_dim=axis("pose_shape_encoder.0.weight", 0, 2),
+            smpl_dim=axis("smpl_head.0.fc1.weight", 0, 2),
             frame_length=axis("pos_embedding_learned1", 1, 3),
             **told,
         )

@@ -38,7 +38,7 @@ from fourdh_batch.types import F32, I64, NUM_BETAS, NUM_BODY_JOINTS, Bool
 
 NUM_POSE_VECTOR = 9 * (1 + NUM_BODY_JOINTS) + NUM_BETAS + 3  # 229
 NUM_STATE = NUM_POSE_NUMBERS + NUM_BETAS + NUM_CAM_NUMBERS  # what the SMPL head improves
-SMPL_HEAD_DIM = 1024
+SMPL_HEAD_DIM = 1024  # as published
 NUM_HEAD_STEPS = 3
 EMPTY_LOGIT = -1000.0  # of a key without a pose
 STD_EPSILON = 1e-10  # added to the divisor when poses are normalised
@@ -54,6 +54,7 @@ class PredictorSize:
         num_heads, head_dim: A and G.
         mlp_dim: hidden width of the feed-forward parts.
         mid_dim: hidden width of the pose encoder.
+        smpl_dim: hidden width of the SMPL head.
         frame_length: slots L.
         conv_stride, conv_pad: of both convolutions, whose kernels are stride + 2 pad long.
     """
@@ -64,6 +65,7 @@ class PredictorSize:
     head_dim: int
     mlp_dim: int
     mid_dim: int = NUM_POSE_VECTOR
+    smpl_dim: int = SMPL_HEAD_DIM
     frame_length: int = 125
     conv_stride: int = 5
     conv_pad: int = 1
@@ -193,13 +195,13 @@ class IterativeSmplHead(nn.Module):
     init_betas: Tensor
     init_cam: Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim + NUM_STATE, SMPL_HEAD_DIM)
-        self.fc2 = nn.Linear(SMPL_HEAD_DIM, SMPL_HEAD_DIM)
-        self.decpose = nn.Linear(SMPL_HEAD_DIM, NUM_POSE_NUMBERS)
-        self.decshape = nn.Linear(SMPL_HEAD_DIM, NUM_BETAS)
-        self.deccam = nn.Linear(SMPL_HEAD_DIM, NUM_CAM_NUMBERS)
+        self.fc1 = nn.Linear(dim + NUM_STATE, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.decpose = nn.Linear(hidden, NUM_POSE_NUMBERS)
+        self.decshape = nn.Linear(hidden, NUM_BETAS)
+        self.deccam = nn.Linear(hidden, NUM_CAM_NUMBERS)
         self.register_buffer("init_body_pose", torch.zeros(1, NUM_POSE_NUMBERS))
         self.register_buffer("init_betas", torch.zeros(1, NUM_BETAS))
         self.register_buffer("init_cam", torch.zeros(1, NUM_CAM_NUMBERS))
@@ -243,7 +245,7 @@ class PoseTransformer(nn.Module):
         self.pose_shape_encoder = nn.Sequential(
             nn.Linear(NUM_POSE_VECTOR, size.mid_dim), nn.ReLU(), nn.Linear(size.mid_dim, dim)
         )
-        self.smpl_head = nn.ModuleList([IterativeSmplHead(dim)])
+        self.smpl_head = nn.ModuleList([IterativeSmplHead(dim, size.smpl_dim)])
         self.loca_head = nn.ModuleList(
             [
                 nn.Sequential(

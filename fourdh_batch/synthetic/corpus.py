@@ -31,20 +31,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fourdh_batch.synthetic.camera import Camera
-from fourdh_batch.synthetic.gestures import act
-from fourdh_batch.synthetic.mocap import Recording, play
-from fourdh_batch.synthetic.motion import Body, Motion, walk
-from fourdh_batch.synthetic.plans import CLIPS, FPS, ClipPlan, ShotPlan, Step
+from fourdh_batch.synthetic.mocap import Recording
+from fourdh_batch.synthetic.motion import Body, Motion
+from fourdh_batch.synthetic.plans import CLIPS, FPS, ClipPlan, ShotPlan
 from fourdh_batch.synthetic.rooms import random_room
 from fourdh_batch.synthetic.scene import quantise, render, vertex_normals
+from fourdh_batch.synthetic.tracks import IMAGE_SIZE_WH, MIN_DEPTH_M, move_person
 from fourdh_batch.synthetic.wardrobe import Outfit, Wardrobe, random_outfits
 from fourdh_batch.tables.schema import arrow_schema, make_table
-from fourdh_batch.types import F64, I64, NUM_BETAS, U8, Bool
+from fourdh_batch.types import I64, NUM_BETAS, U8, Bool
 
 DATASET = "synthetic"
-IMAGE_SIZE_WH = (384, 288)  # a person 5 m away is about 195 pixels tall
 MIN_VISIBLE_FRACTION = 0.15  # of a person, for a box
-MIN_DEPTH_M = 0.5  # nearer people are left out
 BLOCK_FRAMES = 32  # posed at once
 BLUR_PICTURES = 5  # averaged for one smeared frame
 # x264's macroblock tree reads memory that it did not write: with it equal frames now and then
@@ -256,7 +254,18 @@ class _Studio:
         times_s = moments.reshape(-1) / FPS
         focal_px = shot.focal_heights * self._size_wh[1]
         cameras = [shot.camera.at(float(t), focal_px, self._size_wh) for t in times_s]
-        motions = [self._move(people[step.person], step, shot_id, times_s) for step in shot.steps]
+        motions = [
+            move_person(
+                self._body,
+                self._recordings,
+                people[step.person].betas,
+                step,
+                times_s=times_s,
+                phase=people[step.person].phase,
+                rng=np.random.default_rng([people[step.person].seed, shot_id]),
+            )
+            for step in shot.steps
+        ]
         still = len({(c.position_m, c.yaw_deg, c.pitch_deg, c.roll_deg) for c in cameras}) == 1
         backdrop = room.view(cameras[0]) if still else None
         grain = rng.uniform(0.0, 0.012)
@@ -303,46 +312,6 @@ class _Studio:
                     "focal_px": np.full(num_frames, focal_px, np.float32),
                 }
                 rows.append({name: value[in_picture] for name, value in columns.items()})
-
-    def _move(self, person: _Person, step: Step, shot_id: int, times_s: F64) -> Motion:
-        if step.recording is not None:
-            number, moment = step.recording
-            recording = self._recordings[number]
-            half = (times_s[-1] - times_s[0]) / 2
-            room_s = max(recording.duration_s - 2 * half, 0.0)
-            start = half + (moment % room_s if room_s > 0 else 0.0)
-            return play(
-                recording,
-                self._body,
-                person.betas,
-                times_s=times_s + start,
-                position_m=step.position_m,
-                heading_deg=step.heading_deg,
-            )
-
-        def walked(heading_deg: float, since_s: float) -> Motion:
-            return walk(
-                self._body,
-                person.betas,
-                step.gait,
-                times_s=times_s - since_s,
-                position_m=step.position_m,
-                heading_deg=heading_deg,
-                turn_deg_per_m=step.turn_deg_per_m,
-                phase=person.phase,
-            )
-
-        if step.turns_back_s is None:
-            motion = walked(step.heading_deg, 0.0)
-        else:
-            there = walked(step.heading_deg, step.turns_back_s)
-            back = walked(step.heading_deg + 180, step.turns_back_s)
-            motion = there.until(torch.from_numpy(times_s < step.turns_back_s), back)
-        if step.busy == 0:
-            return motion
-        rng = np.random.default_rng([person.seed, shot_id])
-        still = step.gait.stride == 0
-        return act(self._body, person.betas, motion, times_s, rng, busy=step.busy, still=still)
 
     def _pose(
         self, cameras: list[Camera], person: _Person, motion: Motion, num_pictures: int

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from fourdh_batch.config import LoopConfig, TrainPredictorConfig
+from fourdh_batch.config import LoopConfig, SourceConfig, TrainPredictorConfig
 from fourdh_batch.errors import TrainingError
 from fourdh_batch.evaluate.pose import PELVIS_KEYPOINT
 from fourdh_batch.models.build_phalp import save_pose_predictor, untrained_pose_predictor
@@ -36,10 +36,13 @@ from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.training.loop import Examples, seed_of, update
 from fourdh_batch.training.tracks import (
     GapTracks,
+    ListedTracks,
     MaskedTrack,
     MaskedTracks,
+    SyntheticTracks,
     TrackBatch,
     TrackPoses,
+    TrackSource,
     collate_tracks,
     read_track_poses,
 )
@@ -50,8 +53,8 @@ ADAM_BETAS = (0.9, 0.95)
 NUM_ROTATION_NUMBERS = 9 * (1 + NUM_BODY_JOINTS)
 NUM_LOCATION = NUM_POSE_VECTOR - NUM_ROTATION_NUMBERS - NUM_BETAS
 MIN_STD = 1e-6  # of a number that is ever the same
-HELD_OUT_STEP = 10  # every so manieth video is held out where no other root is given
-NUM_HELD_OUT = 512
+HELD_OUT_STEP = 10  # every so manieth video of a root that is in both lists is held out
+_TRAINING, _HELD_OUT, _MASKS, _GAPS = range(4)  # what a seed is for
 UPRIGHT_ROT6D = (1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
 
 
@@ -78,6 +81,7 @@ class PredictorTask:
         mean, std: (229,) of pose vectors.
         loop: settings.
         examples, held_out: of `MaskedTrack`s.
+        num_held_out: examples of each held-out set.
         body: whose keypoints errors are measured on.
     """
 
@@ -93,7 +97,7 @@ class PredictorTask:
         examples: Examples,
         held_out: Mapping[str, Examples],
         body: SmplBody,
-        num_held_out: int = NUM_HELD_OUT,
+        num_held_out: int,
     ) -> None:
         self._network = network.requires_grad_(True)
         self._device = network.mask_token.device
@@ -127,8 +131,8 @@ class PredictorTask:
 
     def step(self, batch: TrackBatch) -> dict[str, Tensor]:
         """See `loop.Task`."""
-        pose, is_seen, is_wanted = (tensor.to(self._device) for tensor in batch[:3])
-        told = self._told(self._normalised(pose), is_seen, is_wanted)
+        pose, shown, is_seen, is_wanted = (tensor.to(self._device) for tensor in batch[:4])
+        told = self._told(self._normalised(shown), is_seen, is_wanted)
         off = told - pose[is_wanted]
         count = len(off) + 1  # as published
         pose_loss = off[:, :-NUM_LOCATION].square().sum() / count
@@ -149,12 +153,12 @@ class PredictorTask:
         gaps: list[int] = []
         model = _Told(self._network, self._loop.precision)
         for batch in batches:
-            pose, is_seen, is_wanted = (tensor.to(self._device) for tensor in batch[:3])
-            told = model(self._normalised(pose), is_seen, is_wanted).cpu().numpy()
+            pose, shown, is_seen, is_wanted = (tensor.to(self._device) for tensor in batch[:4])
+            told = model(self._normalised(shown), is_seen, is_wanted).cpu().numpy()
             truth = self._keypoints(pose[is_wanted].cpu().numpy())
             row = is_wanted.nonzero()[:, 0].cpu().numpy()
             gaps += batch.gap.numpy()[row].tolist()
-            columns = (batch.pose.numpy(), batch.is_seen.numpy(), batch.is_wanted.numpy())
+            columns = (batch.shown.numpy(), batch.is_seen.numpy(), batch.is_wanted.numpy())
             simple = [_simple(*track) for track in zip(*columns, strict=True)]
             ways = {
                 "": told,
@@ -203,51 +207,97 @@ def build_predictor_task(
 
     Raises:
         FileNotFoundError: a root holds no tables.
+        MotionError: a folder has no motion capture, or a file of it cannot be used.
         TrainingError: there are too few tracks.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tracks = read_track_poses(config.input, min_rows=config.min_rows)
-    if config.held_out:
-        others = read_track_poses(config.held_out, min_rows=config.min_rows)
-    else:
-        others = [track for track in tracks if track.video % HELD_OUT_STEP == 0]
-        tracks = [track for track in tracks if track.video % HELD_OUT_STEP != 0]
+    body, seed = load_body(), config.loop.seed
+    tables = {
+        source.path: read_track_poses(source.path, min_rows=config.min_rows)
+        for source in (*config.sources, *config.held_out)
+        if source.kind == "tables"
+    }
+    split = roots_in_both(config)
+
+    def made_here(source: SourceConfig, *use: int) -> SyntheticTracks:
+        return SyntheticTracks(
+            body,
+            source.path,
+            seed=seed_of(seed, *use),
+            jitter_deg=config.jitter_deg,
+            min_rows=config.min_rows,
+        )
+
+    def of_root(root: str, *, held_out: bool) -> list[TrackPoses]:
+        if root not in split:
+            return tables[root]
+        tracks = [t for t in tables[root] if (t.video % HELD_OUT_STEP == 0) == held_out]
         if not tracks:
             raise TrainingError(
-                f"{config.input}: expected two videos or more, for one of them is held out, got "
-                "one; give held_out="
+                f"{root}: expected two videos or more, for one of them is held out, got one; "
+                "give another held_out="
             )
+        return tracks
+
+    sources: list[TrackSource] = []
+    known: list[TrackPoses] = []  # of which mean and standard deviation are taken
+    for row, source in enumerate(config.sources):
+        if source.kind == "tables":
+            known += (tracks := of_root(source.path, held_out=False))
+            sources.append(ListedTracks(tracks))
+        else:
+            sources.append(made := made_here(source, _TRAINING, row))
+            known += made.block(0)
+    held_out = {
+        source.name or source.kind: GapTracks(
+            of_root(source.path, held_out=True)
+            if source.kind == "tables"
+            else made_here(source, _HELD_OUT, row).block(0),
+            frame_length=config.frame_length,
+            seed=seed_of(seed, _GAPS),
+        )
+        for row, source in enumerate(config.held_out)
+    }
     size = PredictorSize(
         dim=config.dim,
         depth=config.depth,
         num_heads=config.num_heads,
         head_dim=config.head_dim,
         mlp_dim=config.mlp_dim,
+        smpl_dim=config.smpl_dim,
         frame_length=config.frame_length,
     )
-    network = untrained_pose_predictor(config.loop.seed, size=size, device=device).network
+    network = untrained_pose_predictor(seed, size=size, device=device).network
     network = copy.deepcopy(network).train()
-    mean, std = _statistics(tracks)
+    mean, std = _statistics(known)
     _set_mean(network, mean)
-    seed = config.loop.seed
     return PredictorTask(
         network,
         torch.from_numpy(mean),
         torch.from_numpy(std),
         loop=config.loop,
         examples=MaskedTracks(
-            tracks,
+            sources,
+            [source.weight for source in config.sources],
             frame_length=config.frame_length,
             mask_share=config.mask_share,
             stretch_share=config.stretch_share,
-            seed=seed_of(seed, 0),
+            seed=seed_of(seed, _MASKS),
         ),
-        held_out={
-            "tracks": GapTracks(others, frame_length=config.frame_length, seed=seed_of(seed, 1))
-        },
-        body=load_body(),
+        held_out=held_out,
+        num_held_out=config.held_out_examples,
+        body=body,
     )
+
+
+def roots_in_both(config: TrainPredictorConfig) -> set[str]:
+    """Output roots of which some videos are trained on and the others held out."""
+    trained, held_out = (
+        {source.path for source in sources if source.kind == "tables"}
+        for sources in (config.sources, config.held_out)
+    )
+    return trained & held_out
 
 
 def _statistics(tracks: Sequence[TrackPoses]) -> tuple[F32, F32]:

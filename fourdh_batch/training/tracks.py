@@ -1,4 +1,4 @@
-"""Tracks of our tables as masked examples for the pose predictor.
+"""Tracks, of our tables or made here, as masked examples for the pose predictor.
 
 Dimension letters: `T` rows of a track, `L` slots of the predictor.
 
@@ -8,25 +8,35 @@ amodal completion asks for; all but a few in a row, which is what the tracker as
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from fourdh_batch.errors import TrainingError
 from fourdh_batch.geometry import phalp_camera
+from fourdh_batch.models.poses_given import camera_of_square
 from fourdh_batch.models.predictor import NUM_POSE_VECTOR
+from fourdh_batch.models.smpl import SmplBody
+from fourdh_batch.synthetic.mocap import load_recordings
+from fourdh_batch.synthetic.tracks import PlannedTrack, PlannedTracks
 from fourdh_batch.tables.reader import read_tracks, smpl_arrays
 from fourdh_batch.tracking.pose import pose_vectors
-from fourdh_batch.types import F32, I64, NUM_KEYPOINTS, Bool, People
+from fourdh_batch.types import F32, I64, NUM_BODY_JOINTS, NUM_KEYPOINTS, Bool, People
 
 HISTORY = 7  # poses that the tracker remembers
 MAX_STRETCH = 50  # frames; the tracker's `max_age`
 TEST_GAPS = (5, 10, 20)  # frames, of evaluation
 MIN_AROUND_GAP = 2  # rows on each side of a gap
+# Of people made here so many examples in a row share so many clips.
+BLOCK_EXAMPLES, BLOCK_CLIPS = 2048, 32
+BLOCKS_IN_MEMORY = 2
+CLIP_FRAMES = 130
 COLUMNS = (
     *("dataset", "video_id", "shot_id", "track_id", "frame_index"),
     *("global_orient", "body_pose", "betas", "pred_cam"),
@@ -41,25 +51,30 @@ class TrackPoses:
     Attributes:
         video: number of its video.
         frame_index: (T,) increasing.
-        pose: (T, 229) pose vectors.
+        pose: (T, 229) pose vectors, the truth.
+        shown: (T, 229) what an estimator would say of them; of tables, which hold estimates, the
+            same.
     """
 
     video: int
     frame_index: I64
     pose: F32
+    shown: F32
 
 
 class MaskedTrack(NamedTuple):
     """One example.
 
     Attributes:
-        pose: (L, 229) float32, 0 where there is none.
-        is_seen: (L,) bool, what the predictor is shown.
+        pose: (L, 229) float32 truth, 0 where there is none.
+        shown: (L, 229) float32 likewise, what the predictor is given where it sees.
+        is_seen: (L,) bool, what the predictor sees.
         is_wanted: (L,) bool, what it has to tell.
         gap: () int64, frames of the gap in evaluation, 0 for the next frame; -1 in training.
     """
 
     pose: F32
+    shown: F32
     is_seen: Bool
     is_wanted: Bool
     gap: I64
@@ -69,6 +84,7 @@ class TrackBatch(NamedTuple):
     """K examples; the fields of `MaskedTrack` with an axis more."""
 
     pose: Tensor
+    shown: Tensor
     is_seen: Tensor
     is_wanted: Tensor
     gap: Tensor
@@ -117,7 +133,7 @@ def read_track_poses(root: str, *, min_rows: int) -> list[TrackPoses]:
     video = (keys[["dataset", "video_id"]] != keys[["dataset", "video_id"]].shift()).any(axis=1)
     video_number = video.cumsum().to_numpy() - 1
     tracks = [
-        TrackPoses(int(video_number[first]), frames[first:last], pose[first:last])
+        TrackPoses(int(video_number[first]), frames[first:last], pose[first:last], pose[first:last])
         for first, last in zip(starts, [*starts[1:], len(rows)], strict=True)
         if last - first >= min_rows
     ]
@@ -126,11 +142,113 @@ def read_track_poses(root: str, *, min_rows: int) -> list[TrackPoses]:
     return tracks
 
 
+class TrackSource(Protocol):
+    """Where examples take their tracks."""
+
+    def draw(self, number: int, random: np.random.Generator) -> TrackPoses:
+        """A track for the example of any number from 0 on; follows from both, in any process."""
+
+
+class ListedTracks:
+    """See `TrackSource`: each track as often as any other."""
+
+    def __init__(self, tracks: Sequence[TrackPoses]) -> None:
+        self._tracks = tracks
+
+    def draw(self, number: int, random: np.random.Generator) -> TrackPoses:
+        """See `TrackSource`."""
+        return self._tracks[int(random.integers(len(self._tracks)))]
+
+
+class SyntheticTracks:
+    """See `TrackSource`: people of drawn plans, never the same again.
+
+    Args:
+        body: of the people, on the CPU.
+        path: folder of motion capture that everybody plays; empty: the package's own motions.
+        seed: of everything.
+        jitter_deg: standard deviation about each axis by which shown rotations are wrong.
+        min_rows: shorter tracks are left out.
+    """
+
+    def __init__(
+        self, body: SmplBody, path: str, *, seed: int, jitter_deg: float, min_rows: int
+    ) -> None:
+        self._planned = PlannedTracks(
+            body,
+            seed=seed,
+            recordings=load_recordings(path) if path else (),
+            num_frames=CLIP_FRAMES,
+        )
+        self._seed = seed
+        self._jitter_deg = jitter_deg
+        self._min_rows = min_rows
+        self._blocks: OrderedDict[int, list[TrackPoses]] = OrderedDict()
+
+    def draw(self, number: int, random: np.random.Generator) -> TrackPoses:
+        """See `TrackSource`."""
+        tracks = self.block(number // BLOCK_EXAMPLES)
+        return tracks[int(random.integers(len(tracks)))]
+
+    def block(self, number: int) -> list[TrackPoses]:
+        """The tracks of `BLOCK_CLIPS` clips.
+
+        Raises:
+            TrainingError: none is long enough.
+        """
+        if number not in self._blocks:
+            while len(self._blocks) >= BLOCKS_IN_MEMORY:
+                self._blocks.popitem(last=False)
+            clips = range(number * BLOCK_CLIPS, (number + 1) * BLOCK_CLIPS)
+            random = np.random.default_rng((self._seed, number))
+            made = [self._poses(clip, t, random) for clip in clips for t in self._long(clip)]
+            if not made:
+                raise TrainingError(f"expected tracks of {self._min_rows} rows or more, got none")
+            self._blocks[number] = made
+        return self._blocks[number]
+
+    def _long(self, clip: int) -> list[PlannedTrack]:
+        tracks = self._planned.clip(clip)
+        return [track for track in tracks if len(track.frame_index) >= self._min_rows]
+
+    def _poses(self, clip: int, track: PlannedTrack, random: np.random.Generator) -> TrackPoses:
+        num = len(track.frame_index)
+        size_wh = np.array(track.image_size_wh, dtype=np.float64)
+        center, side = np.tile(size_wh / 2, (num, 1)), np.ones(num)  # any square tells the same
+        focal = np.full(num, track.focal_px)
+        pred_cam = camera_of_square(track.cam_t_m, focal, center, center, side)
+        people = People(
+            global_orient=track.global_orient,
+            body_pose=track.body_pose,
+            betas=track.betas,
+            pred_cam=pred_cam.astype(np.float32),
+            box_center_px=center.astype(np.float32),
+            box_size_px=side.astype(np.float32),
+            keypoints_3d_m=np.zeros((num, NUM_KEYPOINTS, 3), np.float32),
+        )
+        camera = phalp_camera(people.pred_cam, center, side, size_wh)
+        pose = pose_vectors(people, camera)
+        return TrackPoses(clip, track.frame_index, pose, jittered(pose, self._jitter_deg, random))
+
+
+def jittered(pose: F32, jitter_deg: float, random: np.random.Generator) -> F32:
+    """(T, 229) pose vectors whose rotations are wrong by so much about each axis, on average."""
+    if jitter_deg == 0:
+        return pose
+    num = 9 * (1 + NUM_BODY_JOINTS)
+    wrong = random.normal(0, np.radians(jitter_deg), (len(pose) * (1 + NUM_BODY_JOINTS), 3))
+    turned = pose[:, :num].reshape(-1, 3, 3) @ Rotation.from_rotvec(wrong).as_matrix()
+    shown = pose.copy()
+    shown[:, :num] = turned.reshape(len(pose), -1)
+    return shown
+
+
 class MaskedTracks:
     """Numbered examples for training.
 
     Args:
-        tracks: to draw from, each as often as any other.
+        sources: to draw from.
+        weights: shares of the sources, relative to each other.
         frame_length: slots L.
         mask_share: of the poses of an example that are hidden at random.
         stretch_share: of the examples, in which a stretch, or all but a few, are hidden instead.
@@ -139,14 +257,16 @@ class MaskedTracks:
 
     def __init__(
         self,
-        tracks: Sequence[TrackPoses],
+        sources: Sequence[TrackSource],
+        weights: Sequence[float],
         *,
         frame_length: int,
         mask_share: float,
         stretch_share: float,
         seed: int,
     ) -> None:
-        self._tracks = tracks
+        self._sources = sources
+        self._shares = np.array(weights) / sum(weights)
         self._length = frame_length
         self._mask_share = mask_share
         self._stretch_share = stretch_share
@@ -154,7 +274,8 @@ class MaskedTracks:
 
     def __getitem__(self, number: int) -> MaskedTrack:
         random = np.random.default_rng((self._seed, number))
-        track = self._tracks[int(random.integers(len(self._tracks)))]
+        source = int(random.choice(len(self._sources), p=self._shares))
+        track = self._sources[source].draw(number, random)
         first = int(random.integers(max(len(track.pose) - self._length // 2, 1)))
         slot = track.frame_index[first:] - track.frame_index[first]
         slot = slot[slot < self._length]
@@ -162,8 +283,7 @@ class MaskedTracks:
         seen = ~hidden
         if random.random() < self._stretch_share / 2:  # the tracker's question
             seen, hidden = _history(random, slot)
-        pose = track.pose[first : first + len(slot)]
-        return _masked(pose, slot, seen, hidden, self._length, gap=-1)
+        return _masked(track, first, slot, seen, hidden, self._length, gap=-1)
 
     def _hidden(self, random: np.random.Generator, slot: I64) -> Bool:
         """(T,) rows to be told."""
@@ -184,7 +304,8 @@ class GapTracks:
     """Numbered examples for evaluation: gaps of `TEST_GAPS` frames, and the frame after a history.
 
     Args:
-        tracks, frame_length, seed: as of `MaskedTracks`.
+        tracks: to draw from, each as often as any other.
+        frame_length, seed: as of `MaskedTracks`.
     """
 
     def __init__(self, tracks: Sequence[TrackPoses], *, frame_length: int, seed: int) -> None:
@@ -209,8 +330,7 @@ class GapTracks:
             start = MIN_AROUND_GAP + int(random.integers(room + 1))
             wanted = (rows >= start) & (rows < start + gap)
             seen = ~wanted
-        pose = track.pose[first : first + len(slot)]
-        return _masked(pose, slot, seen, wanted, self._length, gap=gap)
+        return _masked(track, first, slot, seen, wanted, self._length, gap=gap)
 
 
 def _history(random: np.random.Generator, slot: I64) -> tuple[Bool, Bool]:
@@ -223,10 +343,19 @@ def _history(random: np.random.Generator, slot: I64) -> tuple[Bool, Bool]:
 
 
 def _masked(
-    pose: F32, slot: I64, is_seen: Bool, is_wanted: Bool, length: int, *, gap: int
+    track: TrackPoses,
+    first: int,
+    slot: I64,
+    is_seen: Bool,
+    is_wanted: Bool,
+    length: int,
+    *,
+    gap: int,
 ) -> MaskedTrack:
-    spread = np.zeros((length, NUM_POSE_VECTOR), dtype=np.float32)
-    spread[slot] = pose
+    pose = np.zeros((length, NUM_POSE_VECTOR), dtype=np.float32)
+    shown = np.zeros_like(pose)
+    rows = slice(first, first + len(slot))
+    pose[slot], shown[slot] = track.pose[rows], track.shown[rows]
     seen, wanted = np.zeros(length, dtype=np.bool_), np.zeros(length, dtype=np.bool_)
     seen[slot], wanted[slot] = is_seen, is_wanted
-    return MaskedTrack(spread, seen, wanted, np.int64(gap))  # type: ignore[arg-type]
+    return MaskedTrack(pose, shown, seen, wanted, np.int64(gap))  # type: ignore[arg-type]

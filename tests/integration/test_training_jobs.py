@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed
 
-from fourdh_batch.config import LoopConfig, TrainPredictorConfig, to_dict
+from fourdh_batch.config import LoopConfig, SourceConfig, TrainPredictorConfig, to_dict
 from fourdh_batch.models.build import load_hmr2
 from fourdh_batch.models.smpl import load_body
 from fourdh_batch.training.distributed import train_everywhere
@@ -67,7 +67,7 @@ def test_hmr2_is_trained_on_rendered_people_and_tables(
         ("train_hmr2", ["output=x", "sources=[{kinds: tars}]"], "kinds"),
         ("train_hmr2", ["output=x", "held_out=[{}, {}]"], "different names"),
         ("train_hmr2", ["output=x", "loss.adversarial=1"], "poses for the discriminator"),
-        ("train_predictor", ["output=x"], "input: give input="),
+        ("train_predictor", ["output=x", "sources=[{kind: tars, path: y}]"], "a kind of"),
         ("train_predictor", ["output=x", "loop.decay=linear"], "constant or cosine"),
     ],
 )
@@ -116,7 +116,9 @@ def test_two_workers_of_which_one_dies_give_what_two_give(tmp_path: Path) -> Non
         max_failures=1,
     )
     config = TrainPredictorConfig(
-        input=str(tmp_path / "tables"),
+        sources=(both := [SourceConfig(kind="tables", path=str(tmp_path / "tables"))]),
+        held_out=both,
+        held_out_examples=4,
         dim=16,
         depth=1,
         num_heads=2,
@@ -128,7 +130,6 @@ def test_two_workers_of_which_one_dies_give_what_two_give(tmp_path: Path) -> Non
 
     def build(device: str | torch.device, *, flag: str) -> Task:
         task: Any = build_predictor_task(config, device)
-        task.num_held_out = 4
         whole_step, steps = task.step, []
 
         def step(batch: Any) -> Any:

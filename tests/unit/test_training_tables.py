@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fourdh_batch.config import LoopConfig, TrainPredictorConfig, to_dict
+from fourdh_batch.config import LoopConfig, SourceConfig, TrainPredictorConfig, to_dict
 from fourdh_batch.errors import TrainingError
 from fourdh_batch.models.build_phalp import load_pose_predictor, untrained_pose_predictor
 from fourdh_batch.models.predictor import NUM_POSE_VECTOR, PredictorSize
@@ -22,6 +22,7 @@ from fourdh_batch.training.tracks import (
     HISTORY,
     TEST_GAPS,
     GapTracks,
+    ListedTracks,
     MaskedTracks,
     collate_tracks,
     read_track_poses,
@@ -86,7 +87,12 @@ class TestTracks:
     def test_what_is_asked_for_is_not_shown(self, root: str) -> None:
         tracks = read_track_poses(root, min_rows=2)
         masked = MaskedTracks(
-            tracks, frame_length=LENGTH, mask_share=0.4, stretch_share=0.5, seed=3
+            [ListedTracks(tracks)],
+            [1],
+            frame_length=LENGTH,
+            mask_share=0.4,
+            stretch_share=0.5,
+            seed=3,
         )
         examples = [masked[n] for n in range(200)]
         for example in examples:
@@ -147,7 +153,9 @@ class TestTask:
         num_heads=2,
         head_dim=8,
         mlp_dim=32,
+        smpl_dim=64,
         frame_length=LENGTH,
+        held_out_examples=8,
         loop=LoopConfig(
             steps=4,
             batch_size=4,
@@ -161,10 +169,11 @@ class TestTask:
     )
 
     def make(self, root: str, **loop: Any) -> tuple[TrainPredictorConfig, PredictorTask]:
-        config = replace(self.CONFIG, input=root, loop=replace(self.CONFIG.loop, **loop))
-        task = build_predictor_task(config, "cpu")
-        task.num_held_out = 8
-        return config, task
+        both = [SourceConfig(kind="tables", path=root)]
+        config = replace(
+            self.CONFIG, sources=both, held_out=both, loop=replace(self.CONFIG.loop, **loop)
+        )
+        return config, build_predictor_task(config, "cpu")
 
     def test_resumes_exactly_and_writes_what_the_tracker_reads(
         self, root: str, tmp_path: Path
@@ -182,7 +191,7 @@ class TestTask:
         loaded = [load_pose_predictor(file) for file in files]
         assert loaded[0].weights_digest == loaded[1].weights_digest
         assert loaded[0].weights_origin == "trained"
-        batch = collate_tracks([task.held_out["tracks"][n] for n in range(4)])
+        batch = collate_tracks([task.held_out["tables"][n] for n in range(4)])
         seen = np.flatnonzero(batch.is_seen[1].numpy())
         told = loaded[0].complete(
             batch.pose[1].numpy(), batch.is_seen[1].numpy(), np.flatnonzero(batch.is_wanted[1])
@@ -201,6 +210,7 @@ class TestTask:
 
     def test_one_video_cannot_be_held_out(self, tmp_path: Path) -> None:
         publish_turning_people(tmp_path, tmp_path / "tables", {"a": 30})
-        config = replace(self.CONFIG, input=str(tmp_path / "tables"))
+        both = [SourceConfig(kind="tables", path=str(tmp_path / "tables"))]
+        config = replace(self.CONFIG, sources=both, held_out=both)
         with pytest.raises(TrainingError, match="two videos or more"):
             build_predictor_task(config, "cpu")
