@@ -32,6 +32,7 @@ from rich.table import Column, Table
 from fourdh_batch import __version__, logs
 from fourdh_batch.config import (
     JobConfig,
+    TrainAppearanceConfig,
     TrainHmrConfig,
     TrainPredictorConfig,
     describe_settings,
@@ -570,7 +571,7 @@ def doctor() -> dict[str, Any]:
     return facts
 
 
-C = TypeVar("C", TrainHmrConfig, TrainPredictorConfig)
+C = TypeVar("C", TrainHmrConfig, TrainPredictorConfig, TrainAppearanceConfig)
 
 
 class Job(Protocol):

@@ -525,7 +525,31 @@ class TrainPredictorConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-Config = TypeVar("Config", JobConfig, TrainHmrConfig, TrainPredictorConfig)
+@dataclass
+class TrainAppearanceConfig:
+    """Training of the texture encoder, for `jobs/train_appearance.py`.
+
+    Attributes:
+        output: folder or prefix for checkpoints, logs and the final weights (any fsspec path).
+        body: SMPL file; empty: the open body of this package. Maps lie as its own texture
+            coordinates say, so the encoder is for runs with the same atlas.
+        map_px: side of the maps that are trained on: 256, or a half, a quarter, ... of it.
+        agreement: weight of telling outfits apart beside that of reconstructing them.
+        num_views: of bodies that outfits are seen in, made before the first step.
+        held_out_examples: of other outfits in other views.
+    """
+
+    output: str = ""
+    body: str = ""
+    map_px: int = 128
+    agreement: float = 0.3
+    num_views: int = 256
+    held_out_examples: int = 256
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+Config = TypeVar("Config", JobConfig, TrainHmrConfig, TrainPredictorConfig, TrainAppearanceConfig)
 
 
 def load_config(
@@ -684,11 +708,14 @@ def _impossible(config: object) -> list[str]:
     if isinstance(config, JobConfig):
         checks = _job_checks(config)
     else:
-        assert isinstance(config, (TrainHmrConfig, TrainPredictorConfig))
+        assert isinstance(config, (TrainHmrConfig, TrainPredictorConfig, TrainAppearanceConfig))
         checks = _loop_checks(config.loop)
-        checks += (
-            _hmr_checks(config) if isinstance(config, TrainHmrConfig) else _predictor_checks(config)
-        )
+        if isinstance(config, TrainHmrConfig):
+            checks += _hmr_checks(config)
+        elif isinstance(config, TrainPredictorConfig):
+            checks += _predictor_checks(config)
+        else:
+            checks += _appearance_checks(config)
     infinite = [
         f"{key}: expected a finite number, got {value!r}"
         for key, value in leaves(to_dict(config))
@@ -769,6 +796,16 @@ def _predictor_checks(config: TrainPredictorConfig) -> list[_Check]:
         *((name, 0 <= share <= 1, "0 to 1", share) for name, share in shares.items()),
         *((name, getattr(config, name) >= 1, "1 or more", getattr(config, name)) for name in sizes),
         ("min_rows", config.min_rows >= 2, "2 or more", config.min_rows),
+    ]
+
+
+def _appearance_checks(config: TrainAppearanceConfig) -> list[_Check]:
+    sides = (256, 128, 64, 32, 16)
+    return [
+        ("map_px", config.map_px in sides, f"one of {sides}", config.map_px),
+        ("agreement", config.agreement >= 0, "0 or more", config.agreement),
+        ("num_views", config.num_views >= 2, "2 or more", config.num_views),
+        ("held_out_examples", config.held_out_examples >= 1, "1 or more", config.held_out_examples),
     ]
 
 

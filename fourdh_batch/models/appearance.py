@@ -118,9 +118,10 @@ class TextureEncoder(nn.Module):
             return torch.empty(0, NUM_EMBEDDING, device=self.device)
         size = self.maps_per_pass * ATLAS_PX**2 // (maps.shape[2] * maps.shape[3])
         with tf32(False):
-            return torch.cat([self._pass(part) for part in torch.split(maps, size)])
+            return torch.cat([self(part) for part in torch.split(maps, size)])
 
-    def _pass(self, maps: Tensor) -> Tensor:
+    def forward(self, maps: Tensor) -> Tensor:
+        """What `embed` gives, in one pass and with gradients, for training."""
         x = maps.to(self.device).contiguous(memory_format=torch.channels_last)
         for i, (name, _, _) in enumerate(LAYERS):
             x = self.get_submodule(name)(x)
@@ -156,8 +157,17 @@ def texture_distance(
     # One pair after the other, so that both its maps are in one pass.
     maps = torch.stack((track[rows], detection[rows]), dim=1) * both[rows, None]
     embedding = encoder.embed(maps.flatten(0, 1).permute(0, 3, 1, 2))
-    distance[rows] = _distance(embedding[0::2], embedding[1::2])
+    distance[rows] = embedding_distance(embedding[0::2], embedding[1::2])
     return distance, num_shared / (2 * ATLAS_PX * ATLAS_PX)
+
+
+def embedding_distance(track: Tensor, detection: Tensor) -> Tensor:
+    """(P,) float64 distances of (P, E) embeddings, 0 or more.
+
+    Source: docs/PHALP.md, section 4.
+    """
+    difference = (track.double() - detection.double()) / EMBEDDING_SCALE
+    return DISTANCE_SCALE * difference.square().sum(dim=1)
 
 
 class _Look(NamedTuple):
@@ -239,7 +249,9 @@ class TextureMemory:
             maps = maps * (track[..., 3:] * detection[..., 3:])[:, None]
             small = F.avg_pool2d(maps.flatten(0, 1).permute(0, 3, 1, 2), 2)
             embedding = self.encoder.embed(small)
-            quarter = _distance(embedding[0::2], embedding[1::2])  # a quarter of the numbers
+            quarter = embedding_distance(
+                embedding[0::2], embedding[1::2]
+            )  # a quarter of the numbers
             found.append(BOUND_GUARD * 4 * quarter.cpu().numpy())
         return np.concatenate(found)
 
@@ -367,7 +379,7 @@ class TextureMemory:
             embeddings = self.encoder.embed(maps.permute(0, 3, 1, 2))
             looks.embedding.update(zip(part_looks, embeddings, strict=True))
         for part in self._parts(list(looks_of)):
-            found = _distance(
+            found = embedding_distance(
                 torch.stack([looks.embedding[looks_of[pair][0]] for pair in part]),
                 torch.stack([looks.embedding[looks_of[pair][1]] for pair in part]),
             )
@@ -489,6 +501,15 @@ def import_texture_encoder(src: str | Path, dst: str | Path, *, origin: str = "o
     weights, _ = _read(Path(src))
     digest = tensors_digest(weights)
     write_safetensors(dst, weights, {"kind": KIND, "origin": origin, "digest": digest})
+    return digest
+
+
+def save_texture_encoder(encoder: TextureEncoder, path: str | Path) -> str:
+    """Write an encoder as safetensors, with its own origin; gives back its digest."""
+    weights = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    digest = tensors_digest(weights)
+    metadata = {"kind": KIND, "origin": encoder.weights_origin, "digest": digest}
+    write_safetensors(path, weights, metadata)
     return digest
 
 
@@ -624,9 +645,3 @@ def _lay_out(maps: Tensor) -> Tensor:
     torch.mul(maps.permute(0, 2, 3, 1), mask[..., None], out=laid_out)
     laid_out[..., 3] = mask
     return laid_out
-
-
-def _distance(track: Tensor, detection: Tensor) -> Tensor:
-    """(P,) float64 of (P, E) embeddings."""
-    difference = (track.double() - detection.double()) / EMBEDDING_SCALE
-    return DISTANCE_SCALE * difference.square().sum(dim=1)

@@ -148,12 +148,12 @@ class PlannedTracks:
     def _track(
         self, shot: ShotPlan, step: Step, betas: Tensor, frame: I64, rng: np.random.Generator
     ) -> PlannedTrack | None:
-        times_s = (frame - frame.mean()) / FPS
         if self._recordings:
             number = int(rng.integers(len(self._recordings)))
             step = replace(step, recording=(number, float(rng.uniform(0, 1e3))))
             lasts = int(np.floor(self._recordings[number].duration_s * FPS)) + 1
-            frame, times_s = frame[:lasts], times_s[:lasts]
+            frame = frame[:lasts]
+        times_s = (frame - frame.mean()) / FPS
         motion = move_person(
             self._body,
             self._recordings,

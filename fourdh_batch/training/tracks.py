@@ -33,7 +33,8 @@ HISTORY = 7  # poses that the tracker remembers
 MAX_STRETCH = 50  # frames; the tracker's `max_age`
 TEST_GAPS = (5, 10, 20)  # frames, of evaluation
 MIN_AROUND_GAP = 2  # rows on each side of a gap
-# Of people made here so many examples in a row share so many clips.
+# Of people made here so many examples in a row share so many clips: making these takes about as
+# long as training on those.
 BLOCK_EXAMPLES, BLOCK_CLIPS = 2048, 32
 BLOCKS_IN_MEMORY = 2
 CLIP_FRAMES = 130
@@ -169,10 +170,18 @@ class SyntheticTracks:
         seed: of everything.
         jitter_deg: standard deviation about each axis by which shown rotations are wrong.
         min_rows: shorter tracks are left out.
+        block_clips: clips that `BLOCK_EXAMPLES` examples in a row share.
     """
 
     def __init__(
-        self, body: SmplBody, path: str, *, seed: int, jitter_deg: float, min_rows: int
+        self,
+        body: SmplBody,
+        path: str,
+        *,
+        seed: int,
+        jitter_deg: float,
+        min_rows: int,
+        block_clips: int = BLOCK_CLIPS,
     ) -> None:
         self._planned = PlannedTracks(
             body,
@@ -183,6 +192,7 @@ class SyntheticTracks:
         self._seed = seed
         self._jitter_deg = jitter_deg
         self._min_rows = min_rows
+        self._block_clips = block_clips
         self._blocks: OrderedDict[int, list[TrackPoses]] = OrderedDict()
 
     def draw(self, number: int, random: np.random.Generator) -> TrackPoses:
@@ -191,7 +201,7 @@ class SyntheticTracks:
         return tracks[int(random.integers(len(tracks)))]
 
     def block(self, number: int) -> list[TrackPoses]:
-        """The tracks of `BLOCK_CLIPS` clips.
+        """The tracks of one block of clips.
 
         Raises:
             TrainingError: none is long enough.
@@ -199,7 +209,7 @@ class SyntheticTracks:
         if number not in self._blocks:
             while len(self._blocks) >= BLOCKS_IN_MEMORY:
                 self._blocks.popitem(last=False)
-            clips = range(number * BLOCK_CLIPS, (number + 1) * BLOCK_CLIPS)
+            clips = range(number * self._block_clips, (number + 1) * self._block_clips)
             random = np.random.default_rng((self._seed, number))
             made = [self._poses(clip, t, random) for clip in clips for t in self._long(clip)]
             if not made:

@@ -16,7 +16,9 @@ import torch
 import torch.distributed
 
 from fourdh_batch.config import LoopConfig, SourceConfig, TrainPredictorConfig, to_dict
+from fourdh_batch.models.appearance import load_texture_encoder
 from fourdh_batch.models.build import load_hmr2
+from fourdh_batch.models.build_phalp import load_pose_predictor
 from fourdh_batch.models.smpl import load_body
 from fourdh_batch.training.distributed import train_everywhere
 from fourdh_batch.training.loop import RECORD, Task
@@ -59,6 +61,40 @@ def test_hmr2_is_trained_on_rendered_people_and_tables(
     assert "after 2 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_predictor_is_trained_on_people_made_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        f"output={tmp_path / 'out'}",
+        *("dim=16", "depth=1", "num_heads=2", "head_dim=8", "mlp_dim=32", "smpl_dim=32"),
+        *("loop.steps=2", "loop.batch_size=4", "loop.device=cpu", "held_out_examples=4"),
+        "--json",
+    ]
+    assert job("train_predictor")(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["held_out"]["gap_5_mpjpe_mm_slerp"] > 0
+    predictor = load_pose_predictor(tmp_path / "out" / record["weights"])
+    assert (predictor.weights_digest, predictor.weights_origin) == (record["digest"], "trained")
+    assert predictor.network.size.smpl_dim == 32
+
+
+@pytest.mark.slow
+def test_appearance_is_trained_on_outfits_made_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        f"output={tmp_path / 'out'}",
+        *("map_px=32", "num_views=4", "held_out_examples=4"),
+        *("loop.steps=2", "loop.batch_size=4", "loop.device=cpu", "--json"),
+    ]
+    assert job("train_appearance")(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert 0 <= record["held_out"]["auc"] <= 1
+    encoder = load_texture_encoder(tmp_path / "out" / record["weights"])
+    assert (encoder.weights_digest, encoder.weights_origin) == (record["digest"], "trained")
+
+
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
@@ -69,6 +105,8 @@ def test_hmr2_is_trained_on_rendered_people_and_tables(
         ("train_hmr2", ["output=x", "loss.adversarial=1"], "poses for the discriminator"),
         ("train_predictor", ["output=x", "sources=[{kind: tars, path: y}]"], "a kind of"),
         ("train_predictor", ["output=x", "loop.decay=linear"], "constant or cosine"),
+        ("train_appearance", ["output=x", "map_px=100"], "one of (256, 128"),
+        ("train_appearance", [], "output: give output="),
     ],
 )
 def test_wrong_settings_are_told(
@@ -78,7 +116,7 @@ def test_wrong_settings_are_told(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["train_hmr2", "train_predictor"])
+@pytest.mark.parametrize("name", ["train_hmr2", "train_predictor", "train_appearance"])
 def test_help_has_examples_and_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert job(name)(["--help"]) == 0
     told = capsys.readouterr().out
