@@ -33,6 +33,7 @@ from fourdh_batch import __version__, logs
 from fourdh_batch.config import (
     JobConfig,
     TrainAppearanceConfig,
+    TrainDetectorConfig,
     TrainHmrConfig,
     TrainPredictorConfig,
     describe_settings,
@@ -571,7 +572,7 @@ def doctor() -> dict[str, Any]:
     return facts
 
 
-C = TypeVar("C", TrainHmrConfig, TrainPredictorConfig, TrainAppearanceConfig)
+C = TypeVar("C", TrainHmrConfig, TrainPredictorConfig, TrainAppearanceConfig, TrainDetectorConfig)
 
 
 class Job(Protocol):

@@ -549,7 +549,58 @@ class TrainAppearanceConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-Config = TypeVar("Config", JobConfig, TrainHmrConfig, TrainPredictorConfig, TrainAppearanceConfig)
+@dataclass
+class TrainDetectorConfig:
+    """Training of a person detector or segmenter, for `jobs/train_detector.py`.
+
+    Attributes:
+        output: folder or prefix for checkpoints, logs and the final model (any fsspec path).
+        segment: masks, too: RF-DETR-Seg instead of RT-DETR.
+        motion: folder of motion capture that half of the people take their poses from; empty: the
+            package's own motions alone.
+        height, width: of the network's input in pixels, multiples of 32.
+        dim: width of encoder and decoder, a multiple of 16.
+        num_queries: at most so many people are found in a frame.
+        decoder_layers: of the decoder.
+        backbone_widths: channels of the backbone's stages, with strides 4, 8, 16, 32; of the
+            segmenter the last one is the width of its transformer, which has twice as many layers.
+        levels: feature maps that the detector looks at, counted from the coarsest.
+        reuse: times that a rendered frame is trained on, cut and coloured differently each time.
+            Data workers share nothing: with more than one it has to be 1.
+        num_places, num_outfits: made before the first frame; of each seed.
+        held_out_examples: frames of another seed.
+    """
+
+    output: str = ""
+    segment: bool = False
+    motion: str = ""
+    height: int = 160
+    width: int = 224
+    dim: int = 64
+    num_queries: int = 30
+    decoder_layers: int = 2
+    backbone_widths: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
+    levels: int = 2
+    reuse: int = 4
+    num_places: int = 24
+    num_outfits: int = 160
+    held_out_examples: int = 256
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            batch_size=16, learning_rate=4e-4, weight_decay=1e-4, clip_norm=0.1
+        )
+    )
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+Config = TypeVar(
+    "Config",
+    JobConfig,
+    TrainHmrConfig,
+    TrainPredictorConfig,
+    TrainAppearanceConfig,
+    TrainDetectorConfig,
+)
 
 
 def load_config(
@@ -708,14 +759,19 @@ def _impossible(config: object) -> list[str]:
     if isinstance(config, JobConfig):
         checks = _job_checks(config)
     else:
-        assert isinstance(config, (TrainHmrConfig, TrainPredictorConfig, TrainAppearanceConfig))
+        assert isinstance(
+            config,
+            (TrainHmrConfig, TrainPredictorConfig, TrainAppearanceConfig, TrainDetectorConfig),
+        )
         checks = _loop_checks(config.loop)
         if isinstance(config, TrainHmrConfig):
             checks += _hmr_checks(config)
         elif isinstance(config, TrainPredictorConfig):
             checks += _predictor_checks(config)
-        else:
+        elif isinstance(config, TrainAppearanceConfig):
             checks += _appearance_checks(config)
+        else:
+            checks += _detector_checks(config)
     infinite = [
         f"{key}: expected a finite number, got {value!r}"
         for key, value in leaves(to_dict(config))
@@ -806,6 +862,33 @@ def _appearance_checks(config: TrainAppearanceConfig) -> list[_Check]:
         ("agreement", config.agreement >= 0, "0 or more", config.agreement),
         ("num_views", config.num_views >= 2, "2 or more", config.num_views),
         ("held_out_examples", config.held_out_examples >= 1, "1 or more", config.held_out_examples),
+    ]
+
+
+def _detector_checks(config: TrainDetectorConfig) -> list[_Check]:
+    sizes = ("num_queries", "decoder_layers", "reuse", "num_places", "num_outfits")
+    widths, levels = config.backbone_widths, config.levels
+    return [
+        *((name, getattr(config, name) >= 1, "1 or more", getattr(config, name)) for name in sizes),
+        ("held_out_examples", config.held_out_examples >= 1, "1 or more", config.held_out_examples),
+        *(
+            (name, value > 0 and value % 32 == 0, "a multiple of 32", value)
+            for name, value in (("height", config.height), ("width", config.width))
+        ),
+        ("dim", config.dim > 0 and config.dim % 16 == 0, "a multiple of 16", config.dim),
+        (
+            "backbone_widths",
+            len(widths) == 4 and all(w > 0 and w % 4 == 0 for w in widths),
+            "four multiples of 4",
+            widths,
+        ),
+        ("levels", 1 <= levels <= 3, "1 to 3", levels),
+        (
+            "reuse",
+            config.reuse == 1 or config.loop.data_workers <= 1,
+            "1 with several loop.data_workers",
+            config.reuse,
+        ),
     ]
 
 

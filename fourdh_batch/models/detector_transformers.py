@@ -8,11 +8,14 @@ Dimension letters: `B` frames of a batch, `Q` queries, `C` classes, `N` detectio
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourdh_batch.errors import CheckpointError, ConfigError
 from fourdh_batch.masks import encode_rle
@@ -46,6 +49,10 @@ FAMILIES = {
 }
 PIL_RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as processors store them
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+# Statistics of ImageNet, by which networks trained here normalise their input, too.
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PROCESSOR = "preprocessor_config.json"
+PATCH_PX, NUM_WINDOWS = 16, 2  # of the segmenter's backbone: sides are multiples of the product
 MASK_BLOCK_PIXELS = 64 * 2**20  # mask logits scaled up at once: 256 MiB in float32
 
 
@@ -211,6 +218,162 @@ def frame_masks(mask_logits: Tensor, size_hw: tuple[int, int]) -> list[RleMask]:
     return masks
 
 
+@dataclass(frozen=True, slots=True)
+class DetectorSize:
+    """Sizes of a network to be trained; see `untrained_detector`.
+
+    Attributes:
+        height, width: of the input, px.
+        dim: width of encoder and decoder, a multiple of 16.
+        num_queries: at most so many people are found in a frame.
+        decoder_layers: of the decoder.
+        backbone_widths: channels of the stages with strides 4, 8, 16, 32 of a detector. Of a
+            segmenter the last one is the width of its transformer backbone, and their number times
+            two its depth.
+        levels: feature maps that a detector looks at, counted from the coarsest.
+    """
+
+    height: int
+    width: int
+    dim: int
+    num_queries: int
+    decoder_layers: int
+    backbone_widths: tuple[int, ...]
+    levels: int
+
+
+def untrained_detector(size: DetectorSize, *, segment: bool, seed: int) -> nn.Module:
+    """A network with random weights and the one class `person`, in training mode on the CPU.
+
+    RT-DETR on a small ResNet; with `segment` RF-DETR-Seg on a small DINOv2, whose patches are
+    attended in windows. Given `labels` it computes its published losses, denoising (RT-DETR) or
+    groups of queries (RF-DETR) included.
+
+    Raises:
+        ConfigError: transformers is not installed.
+    """
+    transformers = _transformers()
+    labels = {"id2label": {0: "person"}, "label2id": {"person": 0}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if segment:
+            config = _segmenter_config(transformers, size, labels)
+            model = transformers.RfDetrForInstanceSegmentation(config)
+        else:
+            config = _detector_config(transformers, size, labels)
+            model = transformers.RTDetrForObjectDetection(config)
+    trained: nn.Module = model.train()
+    return trained
+
+
+def detection_losses(
+    model: nn.Module, pixels: Tensor, labels: Sequence[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The library's losses by name, and as `loss` the sum by its weights.
+
+    Args:
+        pixels: (B, 3, H, W) as of `normalised`.
+        labels: of every frame `class_labels` (N,), `boxes` (N, 4) centre and size as parts of the
+            frame; for a segmenter `masks` (N, H, W) float.
+    """
+    outputs = model(pixel_values=pixels, labels=list(labels))
+    return {"loss": outputs.loss, **outputs.loss_dict}
+
+
+def normalised(rgb: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 to the input of networks trained here."""
+    mean, std = (torch.tensor(v, device=rgb.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return (rgb.float() / 255 - mean) / std
+
+
+def save_detector(model: nn.Module, size: DetectorSize, folder: Path) -> str:
+    """Write a directory that `TransformersDetector` reads, weights in float16; their digest."""
+    stored: Any = copy.deepcopy(model).half().cpu()
+    stored.save_pretrained(folder)
+    is_segmenter = stored.config.model_type == "rf_detr"
+    processor = {
+        "image_processor_type": "RfDetrImageProcessor" if is_segmenter else "RTDetrImageProcessor",
+        "size": {"height": size.height, "width": size.width},
+        "resample": 2,
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }
+    (folder / PROCESSOR).write_text(json.dumps(processor, indent=1))
+    return _weights_digest(stored.float())
+
+
+def _detector_config(transformers: Any, size: DetectorSize, labels: dict[str, Any]) -> Any:
+    widths = list(size.backbone_widths)
+    first = len(widths) - size.levels
+    return transformers.RTDetrConfig(
+        backbone_config=transformers.ResNetConfig(
+            embedding_size=widths[0],
+            hidden_sizes=widths,
+            depths=[1] * len(widths),
+            layer_type="basic",
+            out_features=[f"stage{i + 1}" for i in range(first, len(widths))],
+        ),
+        freeze_backbone_batch_norms=False,  # there is nothing to freeze in random weights
+        encoder_in_channels=widths[first:],
+        feat_strides=[4 * 2**i for i in range(first, len(widths))],
+        encode_proj_layers=[size.levels - 1],
+        encoder_hidden_dim=size.dim,
+        encoder_ffn_dim=2 * size.dim,
+        encoder_attention_heads=4,
+        hidden_expansion=0.5,
+        d_model=size.dim,
+        num_queries=size.num_queries,
+        num_denoising=size.num_queries,
+        num_feature_levels=size.levels,
+        decoder_in_channels=[size.dim] * size.levels,
+        decoder_ffn_dim=2 * size.dim,
+        decoder_layers=size.decoder_layers,
+        decoder_attention_heads=4,
+        **labels,
+    )
+
+
+def _segmenter_config(transformers: Any, size: DetectorSize, labels: dict[str, Any]) -> Any:
+    depth = 2 * len(size.backbone_widths)
+    return transformers.RfDetrConfig(
+        backbone_config={
+            "model_type": "rf_detr_dinov2",
+            "image_size": max(size.height, size.width),  # of positions; interpolated from a square
+            "hidden_size": size.backbone_widths[-1],
+            "num_hidden_layers": depth,
+            "num_attention_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": PATCH_PX,
+            "num_windows": NUM_WINDOWS,
+            "out_indices": [depth // 2, depth],
+        },
+        d_model=size.dim,
+        num_queries=size.num_queries,
+        group_detr=4,
+        decoder_layers=size.decoder_layers,
+        decoder_self_attention_heads=4,
+        decoder_cross_attention_heads=8,
+        decoder_ffn_dim=2 * size.dim,
+        intermediate_size=2 * size.dim,
+        dropout=0.0,
+        **labels,
+    )
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "detector 'transformers' needs another package: pip install 'fourdh_batch[detectors]'"
+        ) from error
+    return transformers
+
+
 def _load(path: str) -> tuple[Any, dict[str, Any]]:
     """Model in float32 on the CPU, and the content of its processor's file."""
     source: dict[str, Any] = {"local_files_only": True}
@@ -221,13 +384,8 @@ def _load(path: str) -> tuple[Any, dict[str, Any]]:
             raise CheckpointError(f"{path}: no such directory; pass {DETECTORS['transformers'][1]}")
         name = hub_id[1]
         source = {"local_files_only": False, "revision": hub_id[2] or "main"}
-    try:
-        import transformers
-        from transformers.image_processing_base import ImageProcessingMixin
-    except ImportError as error:
-        raise ConfigError(
-            "detector 'transformers' needs another package: pip install 'fourdh_batch[detectors]'"
-        ) from error
+    transformers = _transformers()
+    from transformers.image_processing_base import ImageProcessingMixin
 
     with _as_checkpoint_error(path):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **source)

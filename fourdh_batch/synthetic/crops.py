@@ -322,7 +322,7 @@ class CropStudio:
             if self._fine > 1
             else (rgb.permute(0, 3, 1, 2))
         )
-        return np.stack([_expose(small[i], self._grain, rng) for i, rng in enumerate(rngs)]), depth
+        return np.stack([expose(small[i], self._grain, rng) for i, rng in enumerate(rngs)]), depth
 
     def _behind(self, rng: np.random.Generator, size_hw: tuple[int, int]) -> Tensor:
         """(H, W, 3) a piece of a place."""
@@ -424,7 +424,7 @@ def _views(rng: np.random.Generator) -> Tensor:
     return torch.stack([room.view(camera).rgb.permute(2, 0, 1) for camera in cameras])
 
 
-def _expose(rgb: Tensor, grain: Tensor, rng: np.random.Generator) -> U8:
+def expose(rgb: Tensor, grain: Tensor, rng: np.random.Generator) -> U8:
     """(H, W, 3) uint8 of (3, H, W): blur, gain, contrast, noise out of `grain` (n,)."""
     kind = rng.random()
     if kind < 0.12:  # moves while the shutter is open

@@ -142,7 +142,7 @@ def render(
             principal_point_px=(center_x, center_y),
             image_size_hw=canvas.size_hw,
         )
-        canvas.add(seen, 0, 0, _block_colours(block, corners, light), sides, num_people)
+        canvas.add(seen, 0, 0, block_colours(block, corners, light), sides, num_people)
 
     behind = backdrop.rgb * torch.tensor(light.colour)
     if num_people or blocks:
@@ -235,7 +235,7 @@ def shading(normals: Tensor, light: Light) -> Tensor:
     return bright[..., None] * torch.tensor(light.colour)
 
 
-def _block_colours(block: Block, corners: Tensor, light: Light) -> Tensor:
+def block_colours(block: Block, corners: Tensor, light: Light) -> Tensor:
     """(24, 3): each side by its direction, darker towards the floor."""
     sides = corners.view(6, 4, 3)
     outward = sides.mean(dim=1) - corners.mean(dim=0)

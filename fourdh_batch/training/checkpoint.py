@@ -123,7 +123,8 @@ def load_checkpoint(
                     key.removeprefix(f"{name}."): tensor
                     for key, tensor in fitting.items()
                     if key.startswith(f"{name}.")
-                }
+                },
+                strict=False,  # names were compared above
             )
         states = read_checkpoint(paths[OPTIMIZERS])
         if set(states) != set(optimizers):
@@ -141,11 +142,13 @@ def load_checkpoint(
 
 
 def all_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The tensors of several modules, each name behind that of its module."""
+    """The tensors of several modules, each name behind that of its module; whole numbers, such as
+    the count of batches of a batch norm, have no part in the curve and are left out."""
     return {
         f"{prefix}.{name}": tensor
         for prefix, module in modules.items()
         for name, tensor in module.state_dict().items()
+        if tensor.is_floating_point()
     }
 
 

@@ -59,7 +59,7 @@ class Task(Protocol):
         optimizers: by name.
         examples: to train on.
         held_out: to evaluate on, by name; of each the numbers below `num_held_out`.
-        weights_name: file name of the result.
+        weights_name: file name of the result, or of the folder of files that it is.
         metadata: of the weights in checkpoints.
     """
 
@@ -86,7 +86,7 @@ class Task(Protocol):
         """Figures of one held-out set by name."""
 
     def save(self, path: Path) -> str:
-        """Write the weights as the other jobs read them; gives back their digest."""
+        """Write the weights, a file or a folder, as the other jobs read them; their digest."""
 
 
 def train(
@@ -303,7 +303,9 @@ def _publish(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / task.weights_name
         digest = task.save(path)
-        store.put_file(path, task.weights_name)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        for file in files:
+            store.put_file(file, file.relative_to(folder).as_posix())
     record = {
         "weights": task.weights_name,
         "digest": digest,

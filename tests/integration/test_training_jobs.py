@@ -95,6 +95,33 @@ def test_appearance_is_trained_on_outfits_made_here(
     assert (encoder.weights_digest, encoder.weights_origin) == (record["digest"], "trained")
 
 
+def test_a_detector_is_trained_and_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fourdh_batch.models.detector_transformers import TransformersDetector
+
+    pytest.importorskip("transformers")
+    words = [
+        f"output={tmp_path / 'out'}",
+        *("height=64", "width=96", "dim=16", "num_queries=9", "decoder_layers=1"),
+        *("backbone_widths=[8, 8, 8, 8]", "num_places=1", "num_outfits=4", "reuse=1"),
+        "held_out_examples=4",
+        *("loop.steps=2", "loop.batch_size=4", "loop.device=cpu", "loop.cpu_threads=1"),
+        "--json",
+    ]
+    assert job("train_detector")(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record["held_out"]) == {
+        *("ap", "ap50", "recall_half_visible", "precision", "mean_iou")
+    }
+    folder = tmp_path / "out" / record["weights"]
+    detector = TransformersDetector(str(folder), device="cpu", min_score=0.2, batch_size=2)
+    assert detector.name == "transformers_rt_detr"
+    assert (folder / "model.safetensors").stat().st_size < 1_000_000  # float16
+    assert job("train_detector")([*words[:-1], "loop.log_every=5"]) == 0  # nothing left to do
+    assert "after 2 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
@@ -107,6 +134,8 @@ def test_appearance_is_trained_on_outfits_made_here(
         ("train_predictor", ["output=x", "loop.decay=linear"], "constant or cosine"),
         ("train_appearance", ["output=x", "map_px=100"], "one of (256, 128"),
         ("train_appearance", [], "output: give output="),
+        ("train_detector", [], "output: give output="),
+        ("train_detector", ["output=x", "width=100"], "a multiple of 32"),
     ],
 )
 def test_wrong_settings_are_told(
@@ -116,7 +145,9 @@ def test_wrong_settings_are_told(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["train_hmr2", "train_predictor", "train_appearance"])
+@pytest.mark.parametrize(
+    "name", ["train_hmr2", "train_predictor", "train_appearance", "train_detector"]
+)
 def test_help_has_examples_and_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert job(name)(["--help"]) == 0
     told = capsys.readouterr().out
