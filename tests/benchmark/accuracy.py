@@ -103,7 +103,8 @@ def run(words: Sequence[str] = ()) -> list[dict[str, Any]]:
         print(f"\n{name}: {measured['seconds']:.0f} s", flush=True)
     if not own["motion"]:
         print("\nno second set: motion=FOLDER was not given")
-    (output / "accuracy.json").write_text(json.dumps(found, indent=1))
+    text = json.dumps(found, indent=1, allow_nan=False)
+    (output / "accuracy.json").write_text(text)
     print(f"\nwritten: {output / 'accuracy.json'}\n")
     return figures
 
@@ -212,7 +213,7 @@ class _Set:
                 }
                 for group, of_group in scores.items()
             },
-            "gaps": gaps.to_dict("records"),
+            "gaps": gaps.astype(object).where(gaps.notna(), None).to_dict("records"),
         }
 
     def _follow(self) -> tuple[Followed, str]:
