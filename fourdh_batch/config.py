@@ -329,7 +329,7 @@ class SourceConfig:
     """One source of training examples.
 
     Attributes:
-        kind: `synthetic` (people rendered here), `tables` (output root of a run and its videos),
+        kind: `synthetic` (people made here), `tables` (output root of a run and its videos),
             or `tars` (WebDataset tars in the published training layout).
         path: of `tables` the output root; of `tars` a tar, a folder of tars, or names with one
             counting part such as `/data/h36m-train/{000000..000312}.tar`; of `synthetic` a folder
@@ -488,8 +488,8 @@ class TrainPredictorConfig:
     Attributes:
         output: folder or prefix for checkpoints, logs and the final weights (any fsspec path).
         sources: what is trained on, `synthetic` and `tables`; a list such as
-            `[{kind: tables, path: /data/tables}, {kind: synthetic, weight: 0.2}]`. Of a path to
-            motion capture everybody's motion is taken.
+            `[{kind: tables, path: /data/tables}, {kind: synthetic, weight: 0.2}]`. Where
+            `synthetic` has a path to motion capture, everybody plays it.
         held_out: what is evaluated on, the same way, each by itself; its `synthetic` has other
             seeds. Of an output root that is in both lists every tenth video is held out.
         held_out_examples: of each of these.

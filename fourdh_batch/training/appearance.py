@@ -52,6 +52,7 @@ CALIBRATION_VIEWS = 48
 MEAN_EXAMPLES = 64  # of which the decoder takes the map that it counts from
 FILLED_SHARE = 0.25  # of the training examples; see `looks.OutfitLooks`
 HELD_OUT_VIEWS = 96
+FIRST_ANSWER = 0.01  # size of what the first decoder adds to the mean map
 _TRAINING, _HELD_OUT, _CALIBRATION = range(3)  # what a seed is for
 
 
@@ -70,7 +71,13 @@ class TextureDecoder(nn.Module):
         super().__init__()
         self.register_buffer("mean", mean)
         channels = [num_out for _, _, num_out in reversed(LAYERS)] + [3]
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(channels))
+        layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(channels)]
+        with torch.no_grad():  # gradients of full size, and answers near the mean at first
+            for layer in layers:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                layer.bias.zero_()  # type: ignore[union-attr]
+            layers[-1].weight *= FIRST_ANSWER
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(B, E) to (B, 3, S, S) normalised RGB."""
