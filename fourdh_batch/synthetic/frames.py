@@ -76,6 +76,13 @@ class LabelledFrames:
     owner: NDArray[np.int16]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _View:
+    camera: Camera
+    backdrop: Backdrop
+    wall_z: float
+
+
 class FrameStudio:
     """Outfits, views of places and the mesh that all frames of a seed share.
 
@@ -109,12 +116,12 @@ class FrameStudio:
         self._thickness = torch.stack([thickness[rows] for _, thickness in dressed])
         grain = rng.standard_normal(GRAIN_FRAMES * 3 * image_size_wh[0] * image_size_wh[1])
         self._grain = torch.from_numpy(grain.astype(np.float32))
-        self._views: list[tuple[Camera, Backdrop, float]] = []
+        self._views: list[_View] = []
         for _ in range(num_places):
             room = random_room(rng)
             for _ in range(VIEWS_PER_PLACE):
                 camera = _random_camera(rng, image_size_wh)
-                self._views.append((camera, room.view(camera), room.wall_z))
+                self._views.append(_View(camera, room.view(camera), room.wall_z))
 
     @torch.no_grad()
     def block(self, number: int) -> LabelledFrames:
@@ -127,14 +134,14 @@ class FrameStudio:
         lights = [random_light(rng) for rng in rngs]
 
         vertices, shaded = self._people(row, rngs, views, lights)
-        things = [_things(rng, *view[::2]) for rng, view in zip(rngs, views, strict=True)]
+        things = [_things(rng, view) for rng, view in zip(rngs, views, strict=True)]
         return self._draw(index, rngs, views, lights, row, vertices, shaded, things)
 
     def _people(
         self,
         row: I64,
         rngs: list[np.random.Generator],
-        views: list[tuple[Camera, Backdrop, float]],
+        views: list[_View],
         lights: list[Light],
     ) -> tuple[Tensor, Tensor]:
         """(N, V, 3) vertices in the world, and their colours in the light."""
@@ -158,7 +165,7 @@ class FrameStudio:
         floats = [rng.random() < FLOATING_SHARE for rng in rngs]
         place = np.stack(
             [
-                _float(rngs[i], views[i][0]) if floats[i] else _stand(rngs[i], *views[i][::2], sole)
+                _float(rngs[i], views[i].camera) if floats[i] else _stand(rngs[i], views[i], sole)
                 for i, sole in zip(row, soles, strict=True)
             ]
         )
@@ -170,7 +177,7 @@ class FrameStudio:
         self,
         index: I64,
         rngs: list[np.random.Generator],
-        views: list[tuple[Camera, Backdrop, float]],
+        views: list[_View],
         lights: list[Light],
         row: I64,
         vertices: Tensor,
@@ -178,7 +185,7 @@ class FrameStudio:
         things: list[list[Block]],
     ) -> LabelledFrames:
         width, height = self._size_wh
-        cameras = [camera for camera, _, _ in views]
+        cameras = [view.camera for view in views]
         num_people = len(row)
         in_camera = self._to_cameras(vertices, cameras, row)
         before = in_camera[..., 2].amin(dim=1) > MIN_DEPTH_M if num_people else torch.zeros(0)
@@ -210,7 +217,7 @@ class FrameStudio:
                 painted = colour[sides[boxes.face_index[k][nearer]]]
                 front[i][nearer] = (painted * boxes.barycentric[k][nearer][..., None]).sum(dim=1)
 
-        behind = torch.stack([backdrop.rgb for _, backdrop, _ in views])
+        behind = torch.stack([view.backdrop.rgb for view in views])
         behind = behind * torch.tensor([light.colour for light in lights])[:, None, None]
         behind *= self._shadows(rngs, views, lights, row, vertices)[..., None]
         rgb = torch.where((depth < FAR_M)[..., None], front, behind).permute(0, 3, 1, 2)
@@ -257,7 +264,7 @@ class FrameStudio:
     def _shadows(
         self,
         rngs: list[np.random.Generator],
-        views: list[tuple[Camera, Backdrop, float]],
+        views: list[_View],
         lights: list[Light],
         row: I64,
         vertices: Tensor,
@@ -272,7 +279,7 @@ class FrameStudio:
         to = torch.tensor([lights[row[n]].to for n in casting])[:, None]  # (M, 1, 3)
         flat = vertices[casting] - (vertices[casting][..., 1:2] / to[..., 1:2]) * to
         depth = rasterize_depth(
-            self._to_cameras(flat, [camera for camera, _, _ in views], row[casting]),
+            self._to_cameras(flat, [view.camera for view in views], row[casting]),
             self._faces,
             focal_px=height / 2,
             principal_point_px=((width / 2 - 0.5) / 2, (height / 2 - 0.5) / 2),
@@ -284,9 +291,9 @@ class FrameStudio:
         soft = F.interpolate(dark[:, None], (height, width), mode="bilinear", align_corners=False)[
             :, 0
         ]
-        for i, (_, backdrop, _) in enumerate(views):
+        for i, view in enumerate(views):
             strength = min(0.7, SHADOW * lights[i].diffuse / 0.6)
-            factor[i] = torch.where(backdrop.floor, 1 - strength * soft[i], 1.0)
+            factor[i] = torch.where(view.backdrop.floor, 1 - strength * soft[i], 1.0)
         return factor
 
 
@@ -304,10 +311,11 @@ def _random_camera(rng: np.random.Generator, image_size_wh: tuple[int, int]) -> 
     )
 
 
-def _stand(rng: np.random.Generator, camera: Camera, wall_z: float, sole_y_m: float) -> F64:
+def _stand(rng: np.random.Generator, view: _View, sole_y_m: float) -> F64:
     """(3,) the pelvis in the world: with the lowest point on the floor, before the wall."""
+    camera = view.camera
     rotation = camera.rotation.numpy().astype(np.float64)
-    wall = max(camera.position_m[2] - wall_z - 0.6, NEAREST_M + 1)
+    wall = max(camera.position_m[2] - view.wall_z - 0.6, NEAREST_M + 1)
     depth = float(np.exp(rng.uniform(np.log(NEAREST_M), np.log(wall))))
     across = rng.uniform(-0.55, 0.55) * camera.image_size_wh[0] / camera.focal_px
     eye = np.array(camera.position_m)
@@ -330,23 +338,21 @@ def _float(rng: np.random.Generator, camera: Camera) -> F64:
     return place
 
 
-def _things(rng: np.random.Generator, camera: Camera, wall_z: float) -> list[Block]:
+def _things(rng: np.random.Generator, view: _View) -> list[Block]:
     """Pillars, walls, tables and crates."""
     if rng.random() >= BLOCKS_SHARE:
         return []
     blocks = []
     for _ in range(int(rng.integers(1, 4))):
-        x, _, z = _stand(rng, camera, wall_z, 0.0)
+        x, _, z = _stand(rng, view, 0.0)
         if rng.random() < 0.5:
-            size = (rng.uniform(0.3, 1.5), rng.uniform(1.8, 3.0), rng.uniform(0.2, 0.5))
+            low, high = (0.3, 1.8, 0.2), (1.5, 3.0, 0.5)
         else:
-            size = (rng.uniform(0.3, 1.6), rng.uniform(0.3, 1.1), rng.uniform(0.3, 0.8))
+            low, high = (0.3, 0.3, 0.3), (1.6, 1.1, 0.8)
+        width, height, depth = rng.uniform(low, high).tolist()
         colour = tuple(rng.uniform(0.15, 0.85, 3).tolist())
-        blocks.append(
-            Block(
-                (float(x), float(z)), tuple(map(float, size)), float(rng.uniform(-45, 45)), colour
-            )
-        )
+        turn = float(rng.uniform(-45, 45))
+        blocks.append(Block((float(x), float(z)), (width, height, depth), turn, colour))
     return blocks
 
 

@@ -240,7 +240,7 @@ def _hits(found: F64, score: F64, truth: F64) -> tuple[list[int], F64, list[int]
         if free:
             rows.append(row)
             hits.append(max(free, key=lambda t: float(iou[row, t])))
-    return rows, iou[rows, hits], hits
+    return rows, np.asarray(iou[rows, hits], dtype=np.float64), hits
 
 
 def _mask_iou(a: Bool, b: Bool) -> F64:

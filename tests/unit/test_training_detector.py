@@ -45,15 +45,15 @@ def body() -> SmplBody:
     return load_body()
 
 
-def examples(body: SmplBody, reuse: int, seed: int = 1) -> FrameExamples:
+def examples(body: SmplBody, reuse: int) -> FrameExamples:
     return FrameExamples(
-        body, "", seed=seed, size_hw=(64, 64), reuse=reuse, num_places=1, num_outfits=4
+        body, "", seed=1, size_hw=(64, 64), reuse=reuse, num_places=1, num_outfits=4
     )
 
 
 @pytest.fixture(scope="module")
-def unchanged(body: SmplBody) -> FrameExamples:
-    return examples(body, 0)
+def source(body: SmplBody) -> FrameExamples:
+    return examples(body, 1)
 
 
 def person(left: int, top: int, right: int, bottom: int) -> FrameExample:
@@ -89,7 +89,7 @@ def test_the_loss_falls_and_the_result_finds_what_it_learned(segment: bool, tmp_
     torch.manual_seed(0)
     trained = task(segment)
     batch = collate_frames(RECTANGLES)
-    losses = [float(trained.step(batch)["loss"]) for _ in range(120)]
+    losses = [float(trained.step(batch)["loss"]) for _ in range(60 if segment else 120)]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
     digest = trained.save(tmp_path / "detector")
@@ -144,12 +144,11 @@ def test_people_who_are_mostly_hidden_need_not_be_found() -> None:
     assert figures["precision"] == 1  # those who are found count as right
 
 
-def test_an_example_follows_from_its_number(body: SmplBody) -> None:
-    one, other = examples(body, 1), examples(body, 1)
-    assert_same(one[5], other[5])
-    other[3]
-    assert_same(one[6], other[6])
-    assert not torch.equal(one[5].rgb, examples(body, 1, seed=2)[5].rgb)
+def test_an_example_follows_from_its_number(body: SmplBody, source: FrameExamples) -> None:
+    other = examples(body, 1)
+    assert_same(other[6], source[6])
+    assert_same(other[5], source[5])
+    assert not torch.equal(source[5].rgb, source[6].rgb)
 
 
 def assert_same(a: FrameExample, b: FrameExample) -> None:
@@ -166,8 +165,8 @@ def test_every_frame_is_used_so_many_times(body: SmplBody) -> None:
     assert [source._frame_of(n) for n in range(5)] == first[:5]
 
 
-def test_boxes_and_pixels_of_changed_frames_agree(body: SmplBody) -> None:
-    source, num_people = examples(body, 1), 0
+def test_boxes_and_pixels_of_changed_frames_agree(source: FrameExamples) -> None:
+    num_people = 0
     for number in range(32):
         example = source[number]
         assert example.rgb.shape == (3, 64, 64)
@@ -181,11 +180,6 @@ def test_boxes_and_pixels_of_changed_frames_agree(body: SmplBody) -> None:
             assert abs(rows.float() + 0.5 - y).max() <= h / 2 + 2
         assert int(example.owner.max()) < len(example.boxes)
     assert num_people > 32
-
-
-def test_held_out_frames_are_whole(unchanged: FrameExamples) -> None:
-    assert_same(unchanged[4], unchanged[4])
-    assert unchanged._frame_of(7) == 7
 
 
 def test_impossible_settings_are_told() -> None:
