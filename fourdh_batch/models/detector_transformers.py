@@ -289,6 +289,9 @@ def normalised(rgb: Tensor) -> Tensor:
 def save_detector(model: nn.Module, size: DetectorSize, folder: Path) -> str:
     """Write a directory that `TransformersDetector` reads, weights in float16; their digest."""
     stored: Any = copy.deepcopy(model).half().cpu()
+    for name, buffer in stored.named_buffers():
+        if name.endswith("num_batches_tracked"):  # begins anew where a training goes on
+            buffer.zero_()
     stored.save_pretrained(folder)
     is_segmenter = stored.config.model_type == "rf_detr"
     processor = {
