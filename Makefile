@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-s3 soak lint format bench bench-published clean
+.PHONY: help setup demo test test-slow test-s3 soak minis lint format bench bench-published clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -49,6 +49,14 @@ format: $(STAMP) ## Let ruff rewrite what it can
 
 bench: $(STAMP) ## Ratios against named baselines, one run; see docs/BENCHMARKS.md
 	$(BIN)/python -m tests.benchmark
+
+MINIS   ?= minis
+TRAIN   ?= loop.device=auto
+
+minis: $(STAMP) ## Train the small models again, into MINIS=folder; TRAIN="loop.precision=bf16 ..." for a GPU
+	$(BIN)/python jobs/train_hmr2.py output=$(MINIS)/hmr2 $(TRAIN)
+	$(BIN)/python jobs/train_appearance.py output=$(MINIS)/appearance $(TRAIN)
+	cp $(MINIS)/*/*.safetensors fourdh_batch/assets/mini/
 
 # The published tracker: its checkout (or REFERENCE=folder of one) and the packages it imports.
 PHALP_URL    ?= https://github.com/brjathu/PHALP

@@ -335,7 +335,7 @@ def evaluate_command(
         if as_json:
             typer.echo(json.dumps(report.to_dict()))
         else:
-            _print_scores(report)
+            show_scores(report)
         return DONE
 
     raise typer.Exit(_guarded(score))
@@ -400,10 +400,15 @@ def doctor_command(as_json: AsJson = False) -> None:
 @weights_app.command("list")
 def weights_list_command() -> None:
     """List the model sizes and what their weights are made from."""
-    from fourdh_batch.models.build import HMR2_SIZES
+    from fourdh_batch.models.build import HMR2_SIZES, expected_shapes
 
     for name, size in HMR2_SIZES.items():
-        typer.echo(f"{name:10} {size}")
+        count = sum(shape.numel() for shape in expected_shapes(name).values()) / 1e6
+        typer.echo(
+            f"{name:8} {count:6.1f} M numbers; backbone {size.vit_depth} x {size.vit_dim}, "
+            f"decoder {size.head_depth} x {size.head_dim}; crops of {256 // size.shrink} px"
+        )
+    typer.echo("\nhmr.weights=mini is the trained mini of this package (assets/mini/CARDS.md).")
 
 
 @weights_app.command("import")
@@ -968,7 +973,8 @@ def _table(*headers: str, **options: Any) -> Table:
     return Table(*(Column(header, overflow="fold") for header in headers), **options)
 
 
-def _print_scores(report: Report) -> None:
+def show_scores(report: Report) -> None:
+    """Print what `evaluate` found: together, then video by video."""
     console, overall = Console(), report.overall
     num_missing = len(report.missing)
     table = _table("", "", show_header=False, title=f"{report.predictions} against {report.truth}")

@@ -84,8 +84,8 @@ class HmrConfig:
     """HMR 2.0 and its body model.
 
     Attributes:
-        weights: official `.ckpt`, or `.safetensors` made by `fourdh weights import`; the word
-            `untrained` gives seeded random weights of `size` (for trying the machinery only).
+        weights: official `.ckpt`, or `.safetensors` made by `fourdh weights import` or
+            `jobs/train_hmr2.py`; the word `mini` for the small model of this package.
         size: a size of `models/build.py`; empty: read from the weights.
         body: SMPL file (`SMPL_NEUTRAL.pkl` or npz); empty: the open body of this package.
         extra_regressor: `SMPL_to_J19.pkl`, needed with an official SMPL file.
@@ -117,12 +117,12 @@ class TrackerConfig:
         keep_predicted: write `state=predicted` rows for frames in which a track was missed
             between two detections.
         texture_weights: the texture encoder, `hmar_v2_weights.pth` or the `.safetensors` that
-            `fourdh weights import` makes of it; `untrained` for seeded random weights; empty:
-            looks do not count.
+            `fourdh weights import` makes of it; `mini` for the one of this package; empty: looks
+            do not count.
         atlas: folder of `bmap_256.npy` and `fmap_256.npy`; empty: the body's own atlas.
         predictor_weights: the pose predictor, `.safetensors` of `fourdh weights import`, or
-            `pose_predictor.pth` with its `.yaml` and `mean_std.npy` beside it; `untrained` for
-            seeded random weights; empty: a pose stays as last seen.
+            `pose_predictor.pth` with its `.yaml` and `mean_std.npy` beside it; empty: a pose
+            stays as last seen.
         compat: number and predict exactly as the published tracker (docs/PHALP.md, section 15).
         store_appearance: keep pose, shape, camera and a compact vector of the looks of every
             reconstructed box in `detections`, so that `jobs/track.py` can track again.

@@ -1,9 +1,11 @@
-"""The main job on a corpus made here: clips of the open body walking, rendered by this package.
+"""The main job on people made here, with the small trained models, and how right it is.
 
   make demo        or        python jobs/demo.py [folder]
 
-No download, no licensed file, no GPU. The HMR weights are random (seeded): boxes, identities,
-cameras and tables are real, the body poses are not, and every table, log and picture says so.
+Renders four clips (people who cross, hide behind things, leave and come back, gesture) that no
+model was trained on, runs the same job as any other on them, and compares the tables with the
+truth. No download, no licensed file, no GPU. Boxes are given; bodies, identities and looks are the
+models'.
 """
 
 from __future__ import annotations
@@ -15,18 +17,28 @@ from pathlib import Path
 import pandas as pd
 
 import fourdh_batch as fb
-from fourdh_batch.cli import run_job, show
+from fourdh_batch.cli import run_job, show, show_scores
+from fourdh_batch.evaluate.report import evaluate
 from fourdh_batch.synthetic.corpus import make_corpus
+from fourdh_batch.synthetic.plans import draw_plan
 from fourdh_batch.video.decode import read_frames
 from fourdh_batch.view.overlay import contact_sheet
 
-SHEET_FRAMES = 8
+SEED = 1000  # training has seeds below
+SHOWN = ("crossing", "occlusion", "reentry", "gestures")
+NUM_FRAMES = 75
+SHEET_FRAMES = 4  # of each clip
 
 
 def main(folder: Path) -> int:
     corpus, tables = folder / "corpus", folder / "tables"
     started = time.monotonic()
-    clips = make_corpus(corpus, fb.load_body())
+    body = fb.load_body()
+    plans = {
+        feature: draw_plan(SEED, number, features=[feature], num_frames=NUM_FRAMES)
+        for number, feature in enumerate(SHOWN)
+    }
+    clips = make_corpus(corpus, body, seed=SEED, clips=plans, num_frames=NUM_FRAMES)
     print(f"made {len(clips)} clips in {corpus} ({time.monotonic() - started:.0f} s)\n")
 
     words = [f"input={corpus}", f"output={tables}", f"detector.path={corpus / 'boxes.parquet'}"]
@@ -35,35 +47,34 @@ def main(folder: Path) -> int:
         return code
 
     tracks = fb.read_tracks(str(tables))
-    columns = [
-        "video_id",
-        "frame_index",
-        "pts_s",
-        "track_id",
-        "state",
-        "score",
-        "cam_t_m",
-        "weights",
-    ]
+    columns = ["video_id", "track_id", "frame_index", "pts_s", "state", "cam_t_m", "betas"]
     with pd.option_context("display.width", 120, "display.max_columns", 20, "display.precision", 2):
+        first = tracks.groupby(["video_id", "track_id"]).head(1)[columns]
         print("\nfb.read_tracks(...), the first row of every person:\n")
-        print(tracks.groupby(["video_id", "track_id"]).head(1)[columns].to_string())
+        print(first.to_string(index=False, formatters={"cam_t_m": _short, "betas": _short}))
         print("\nfb.read_table(..., 'videos'):\n")
         videos = fb.read_table(str(tables), "videos")
-        print(
-            videos[["video_id", "status", "frames_decoded", "num_shots", "num_tracks"]].to_string()
-        )
+        told = ["video_id", "status", "frames_decoded", "num_shots", "num_tracks", "num_rows"]
+        print(videos[[name for name in told if name in videos]].to_string(index=False))
 
-    busiest = str(tracks["video_id"].value_counts().index[0])
-    overlay = folder / "overlay.mp4"
-    show(str(tables), busiest, overlay)
-    count = int(videos.set_index("video_id").loc[busiest, "frames_decoded"])
-    step = max(1, count // SHEET_FRAMES)
-    frames = [read_frames(str(overlay), i, i + 1).rgb[0] for i in range(0, count, step)]
-    contact_sheet(frames[:SHEET_FRAMES], folder / "contact_sheet.png", columns=4)
-    print("\nweights: untrained. Identities are real, body poses mean nothing.")
-    print(f"look at  {folder / 'contact_sheet.png'}\n         {overlay}\n         {tables}/tracks")
+    print(f"\nagainst the truth, fourdh evaluate {tables} {corpus / 'truth.parquet'}:\n")
+    show_scores(evaluate(str(tables), str(corpus / "truth.parquet"), body=body))
+
+    frames = []
+    for clip in clips:
+        overlay = folder / f"overlay_{Path(clip.video_id).stem}.mp4"
+        show(str(tables), clip.video_id, overlay)
+        for i in range(SHEET_FRAMES):
+            at = (2 * i + 1) * clip.num_frames // (2 * SHEET_FRAMES)
+            frames.append(read_frames(str(overlay), at, at + 1).rgb[0])
+    contact_sheet(frames, folder / "contact_sheet.png", columns=SHEET_FRAMES)
+    print(f"\nlook at  {folder / 'contact_sheet.png'}\n         {folder}/overlay_*.mp4")
+    print(f"         {tables}/tracks   ({time.monotonic() - started:.0f} s in all)")
     return 0
+
+
+def _short(numbers: object) -> str:
+    return " ".join(f"{number:.1f}" for number in list(numbers)[:3])  # type: ignore[call-overload]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from fourdh_batch.types import U8
+from tests.weights import untrained_hmr2_file
 
 
 def write_video(path: Path, frames: U8, *, fps: int = 25, gop: int = 12) -> Path:
@@ -90,7 +91,7 @@ class BoxCorpus:
             f"input={self.folder}",
             f"output={output}",
             "dataset=blocks",
-            "hmr.weights=untrained",
+            f"hmr.weights={untrained_hmr2_file()}",
             "hmr.size=tiny",
             "hmr.device=cpu",
             "detector.name=boxes",

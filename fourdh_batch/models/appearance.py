@@ -37,6 +37,7 @@ from fourdh_batch.models.checkpoint import (
     tensors_digest,
     write_safetensors,
 )
+from fourdh_batch.models.minis import TEXTURE, shipped
 from fourdh_batch.models.precision import tf32
 from fourdh_batch.models.texture import ATLAS_PX, NUM_CHANNELS, unpack_texture
 from fourdh_batch.types import F64, I64, FrameDetections
@@ -467,7 +468,7 @@ def load_texture_encoder(path: str | Path, *, device: str | torch.device = "cpu"
 
     Args:
         path: the published ``hmar_v2_weights.pth``, or ``.safetensors`` of
-            `import_texture_encoder`.
+            `import_texture_encoder`; the word ``mini`` for the one that comes with the package.
         device: where it shall work.
 
     Returns:
@@ -476,7 +477,7 @@ def load_texture_encoder(path: str | Path, *, device: str | torch.device = "cpu"
     Raises:
         CheckpointError: the file is missing, damaged, refers to code, or lacks a tensor.
     """
-    weights, metadata = _read(Path(path))
+    weights, metadata = _read(shipped(path, TEXTURE))
     return _build(weights, metadata.get("origin", "imported"), device)
 
 

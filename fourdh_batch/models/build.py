@@ -23,6 +23,7 @@ from fourdh_batch.models.checkpoint import (
     write_safetensors,
 )
 from fourdh_batch.models.hmr2 import Hmr2
+from fourdh_batch.models.minis import HMR2, shipped
 from fourdh_batch.models.smpl_head import SmplHead
 from fourdh_batch.models.vit import ViT
 from fourdh_batch.types import F32, NUM_BODY_JOINTS
@@ -53,14 +54,15 @@ class Hmr2Size:
     head_head_dim: int
     head_mlp_dim: int
     shrink: int = 1
-    stem: tuple[int, ...] = ()
+    stem: tuple[tuple[int, int], ...] = ()
 
 
+MINI_STEM = ((24, 2), (48, 2), (96, 1), (128, 2), (128, 1), (192, 2), (192, 1))
 HMR2_SIZES = {
     # The published model: 670 M parameters, 251 GFLOP per crop.
     "vit_h": Hmr2Size(32, 1280, 16, 6, 1024, 8, 64, 1024),
     # For CPUs: sees crops as 128 x 96.
-    "mini": Hmr2Size(4, 192, 4, 2, 256, 4, 32, 256, shrink=2, stem=(24, 64, 128)),
+    "mini": Hmr2Size(2, 192, 4, 2, 256, 4, 32, 256, shrink=2, stem=MINI_STEM),
     # 0.3 M parameters: for tests.
     "tiny": Hmr2Size(2, 64, 4, 2, 96, 2, 24, 80),
 }
@@ -144,7 +146,8 @@ def load_hmr2(
 
     Args:
         checkpoint: a published PyTorch-Lightning ``.ckpt``, or ``.safetensors`` of
-            `convert_official_checkpoint` or `save_hmr2`.
+            `convert_official_checkpoint` or `save_hmr2`; the word ``mini`` for the small model
+            that comes with the package.
         body, device, precision, compile_blocks: see `build_hmr2`.
         size: key of `HMR2_SIZES`; None: the one that fits best.
 
@@ -155,7 +158,7 @@ def load_hmr2(
         CheckpointError: the file is missing, damaged, refers to code, or does not fit the size;
             the message lists what was expected and what came.
     """
-    weights, metadata = _read(Path(checkpoint))
+    weights, metadata = _read(shipped(checkpoint, HMR2))
     if size is None:
         size = metadata.get("size") or _closest_size(weights)
     model = build_hmr2(
@@ -215,7 +218,8 @@ def weights_origin(path: str | Path) -> str:
     Raises:
         CheckpointError: as `load_hmr2`.
     """
-    if Path(path).suffix != ".safetensors":
+    path = shipped(path, HMR2)
+    if path.suffix != ".safetensors":
         return "imported"
     return read_safetensors_metadata(path).get("origin", "imported")
 

@@ -9,7 +9,6 @@ Source: Goel et al., Humans in 4D, section 3.1; Xu et al., ViTPose.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -34,32 +33,45 @@ class PatchEmbed(nn.Module):
         return tokens.flatten(2).transpose(1, 2)
 
 
+class ConvBlock(nn.Module):
+    """A normalised 3 x 3 convolution, added to its input where the shapes allow."""
+
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False)
+        self.norm = nn.GroupNorm(NORM_GROUPS, num_out)
+        self.is_residual = stride == 1 and num_in == num_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H / stride, W / stride)."""
+        y = F.relu(self.norm(self.conv(x)))
+        return x + y if self.is_residual else y
+
+
 class ConvEmbed(nn.Module):
-    """Patches by 3 x 3 convolutions, each halving the picture, with which small networks learn from
-    far fewer pictures.
+    """Patches by 3 x 3 convolutions: small networks learn from far fewer pictures with them.
 
     Source: Xiao et al., Early Convolutions Help Transformers See Better.
 
     Args:
         dim: width D.
-        widths: channels after each convolution but the last; three for patches of 16 pixels.
+        stem: (channels, stride) of each convolution; the strides must make `PATCH_PX` together.
     """
 
-    def __init__(self, dim: int, widths: tuple[int, ...]) -> None:
+    def __init__(self, dim: int, stem: tuple[tuple[int, int], ...]) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for num_in, num_out in pairwise((3, *widths)):
-            layers += [
-                nn.Conv2d(num_in, num_out, 3, stride=2, padding=1, bias=False),
-                nn.GroupNorm(NORM_GROUPS, num_out),
-                nn.ReLU(inplace=True),
-            ]
-        layers.append(nn.Conv2d(widths[-1], dim, 3, stride=2, padding=1))
-        self.layers = nn.Sequential(*layers)
+        widths = (3, *(width for width, _ in stem))
+        self.blocks = nn.Sequential(
+            *(
+                ConvBlock(num_in, num_out, stride)
+                for num_in, (num_out, stride) in zip(widths, stem, strict=False)
+            )
+        )
+        self.proj = nn.Conv2d(widths[-1], dim, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, N, D), row by row."""
-        tokens: Tensor = self.layers(image)
+        tokens: Tensor = self.proj(self.blocks(image))
         return tokens.flatten(2).transpose(1, 2)
 
 
@@ -130,7 +142,7 @@ class ViT(nn.Module):
         num_heads: attention heads A; must divide `dim`.
         mlp_ratio: hidden width of the MLPs over `dim`.
         shrink: the image is seen so many times smaller; 2 and 4 make less work for small models.
-        stem: widths of a `ConvEmbed`; empty for the published one convolution.
+        stem: of a `ConvEmbed`; empty for the published one convolution.
     """
 
     def __init__(
@@ -141,7 +153,7 @@ class ViT(nn.Module):
         num_heads: int,
         mlp_ratio: int = 4,
         shrink: int = 1,
-        stem: tuple[int, ...] = (),
+        stem: tuple[tuple[int, int], ...] = (),
     ) -> None:
         super().__init__()
         self.image_hw = (IMAGE_HW[0] // shrink, IMAGE_HW[1] // shrink)

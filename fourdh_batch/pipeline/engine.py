@@ -18,13 +18,14 @@ import torch
 
 from fourdh_batch.config import JobConfig, require
 from fourdh_batch.errors import CheckpointError, ConfigError
-from fourdh_batch.models.appearance import AppearanceProjection
-from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, untrained_hmr2, weights_origin
+from fourdh_batch.models.appearance import AppearanceProjection, load_texture_encoder
+from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, weights_origin
 from fourdh_batch.models.detector import DETECTORS, Detector, build_detector, drop_reasons
 from fourdh_batch.models.hmr2 import Hmr2
+from fourdh_batch.models.minis import HMR2, shipped
 from fourdh_batch.models.smpl import NUM_FACES, SmplBody, load_body
 from fourdh_batch.models.texture import Atlas, TextureSampler, body_atlas, load_atlas
-from fourdh_batch.pipeline.following import checked_predictor_digest, load_encoder
+from fourdh_batch.pipeline.following import checked_predictor_digest
 from fourdh_batch.pipeline.reconstruct import Reconstructor
 from fourdh_batch.pipeline.records import UNTRAINED, ChunkResult, ModelCard
 from fourdh_batch.storage import open_read
@@ -34,7 +35,6 @@ from fourdh_batch.types import FrameChunk
 
 logger = logging.getLogger(__name__)
 
-UNTRAINED_SIZE = "mini"
 GIVEN = "boxes"
 
 
@@ -116,14 +116,12 @@ def build_model(config: JobConfig) -> Hmr2:
     if device.type == "cpu":
         torch.set_num_threads(hmr.cpu_threads)
     body = _load_body(config)
-    if hmr.weights == UNTRAINED:
+    model = load_hmr2(
+        hmr.weights, body, device=device, precision=hmr.precision, size=hmr.size or None
+    )
+    if model.weights_origin == UNTRAINED:
         logger.warning("weights: untrained. The bodies in the output mean nothing.")
-        model = untrained_hmr2(hmr.size or UNTRAINED_SIZE, body, device=device)
-    else:
-        model = load_hmr2(
-            hmr.weights, body, device=device, precision=hmr.precision, size=hmr.size or None
-        )
-    if hmr.weights != UNTRAINED and body.name == "open":
+    elif model.weights_origin != "trained" and body.name == "open":
         logger.warning(
             "body: open. Poses of HMR weights fit it, shapes do not: betas mean SMPL's shape "
             "space. Give hmr.body=SMPL_NEUTRAL.pkl hmr.extra_regressor=SMPL_to_J19.pkl"
@@ -182,7 +180,8 @@ def _looks(
     sampler = TextureSampler(body.faces, _load_atlas(config, body)).to(device)
     if not wanted.store_appearance:
         return sampler, None
-    return sampler, AppearanceProjection(load_encoder(wanted.texture_weights, device))
+    encoder = load_texture_encoder(wanted.texture_weights, device=device)
+    return sampler, AppearanceProjection(encoder)
 
 
 def _load_atlas(config: JobConfig, body: SmplBody) -> Atlas:
@@ -211,10 +210,8 @@ def model_card(config: JobConfig) -> ModelCard:
         )
     if problems:
         raise ConfigError("wrong settings:\n  " + "\n  ".join(problems))
-    if hmr.weights == UNTRAINED:
-        weights = origin = UNTRAINED
-    else:
-        weights, origin = _digest_path(hmr.weights, "hmr.weights"), weights_origin(hmr.weights)
+    digest = _digest_path(str(shipped(hmr.weights, HMR2)), "hmr.weights")
+    origin = weights_origin(hmr.weights)
     body = _load_body(config)
     if wanted.name == GIVEN:
         detector = build_given(config).digest
@@ -223,7 +220,7 @@ def model_card(config: JobConfig) -> ModelCard:
     settings = {
         "code": CODE_VERSION,
         "schemas": {name: schema_version(name) for name in TABLES},
-        "weights": weights,
+        "weights": digest,
         "size": hmr.size,
         "precision": hmr.precision,
         "device": hmr.device,
@@ -237,7 +234,7 @@ def model_card(config: JobConfig) -> ModelCard:
     }
     return ModelCard(
         fingerprint=fingerprint_of(settings),
-        weights=weights,
+        weights=UNTRAINED if origin == UNTRAINED else digest,
         weights_origin=origin,
         body=f"{body.name}:{body.digest[:16]}",
         detector=f"{wanted.name}:{detector[:16]}",
@@ -248,16 +245,11 @@ def model_card(config: JobConfig) -> ModelCard:
 def cues(config: JobConfig) -> str:
     """What the tracker's cost is made of, in words."""
     wanted = config.tracker
-
-    def named(weights: str, text: str) -> str:
-        return f"{text} ({UNTRAINED})" if weights == UNTRAINED else text
-
-    pose, texture = wanted.predictor_weights, wanted.texture_weights
     return " + ".join(
         [
             "location (ridge)",
-            named(pose, "pose (predicted)") if pose else "pose (last seen)",
-            named(texture, "texture") if texture else "no texture",
+            "pose (predicted)" if wanted.predictor_weights else "pose (last seen)",
+            "texture" if wanted.texture_weights else "no texture",
         ]
     )
 
@@ -266,7 +258,7 @@ def _tracker_digests(config: JobConfig, body: SmplBody) -> dict[str, str]:
     """Digests in the place of the paths among the tracker's settings; checks the files."""
     wanted, digests = config.tracker, {}
     if wanted.texture_weights:
-        digests["texture_weights"] = load_encoder(wanted.texture_weights, "cpu").weights_digest
+        digests["texture_weights"] = load_texture_encoder(wanted.texture_weights).weights_digest
         digests["atlas"] = _load_atlas(config, body).digest
     if wanted.predictor_weights:
         digests["predictor_weights"] = checked_predictor_digest(config)

@@ -6,19 +6,15 @@ last pose alone stays light.
 
 from __future__ import annotations
 
-import logging
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fourdh_batch.config import JobConfig
 from fourdh_batch.errors import CheckpointError, ConfigError
-from fourdh_batch.pipeline.records import UNTRAINED
 from fourdh_batch.tracking.appearance import CompactMemory
 from fourdh_batch.tracking.completion import MAX_SLOTS
 from fourdh_batch.tracking.tracker import PhalpTracker, TextureTerm, TrackerSettings
 from fourdh_batch.types import F32
-
-logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -67,12 +63,20 @@ class TrackerModels:
     def predictor(self) -> PosePredictor | None:
         """Predicts poses and completes missed ones; None: a pose stays as last seen."""
         weights = self._config.tracker.predictor_weights
-        return load_predictor(weights, self._device) if weights else None
+        if not weights:
+            return None
+        from fourdh_batch.models.build_phalp import load_pose_predictor
+
+        return load_pose_predictor(weights, device=self._device)
 
     @cached_property
     def _encoder(self) -> TextureEncoder | None:
         weights = self._config.tracker.texture_weights
-        return load_encoder(weights, self._device) if weights else None
+        if not weights:
+            return None
+        from fourdh_batch.models.appearance import load_texture_encoder
+
+        return load_texture_encoder(weights, device=self._device)
 
     @cached_property
     def _device(self) -> torch.device:
@@ -108,26 +112,6 @@ class TrackerModels:
         return result
 
 
-def load_encoder(weights: str, device: Any) -> TextureEncoder:
-    """The texture encoder of a file, or seeded random ones for the word `untrained`."""
-    from fourdh_batch.models.appearance import load_texture_encoder, untrained_texture_encoder
-
-    if weights == UNTRAINED:
-        logger.warning("tracker.texture_weights: untrained. Looks are put through random layers.")
-        return untrained_texture_encoder(device=device)
-    return load_texture_encoder(weights, device=device)
-
-
-def load_predictor(weights: str, device: Any) -> PosePredictor:
-    """The pose predictor of a file, or seeded random ones for the word `untrained`."""
-    from fourdh_batch.models.build_phalp import load_pose_predictor, untrained_pose_predictor
-
-    if weights == UNTRAINED:
-        logger.warning("tracker.predictor_weights: untrained. Predicted rows mean nothing.")
-        return untrained_pose_predictor(device=device)
-    return load_pose_predictor(weights, device=device)
-
-
 def checked_predictor_digest(config: JobConfig) -> str:
     """Digest of the pose predictor that the settings name, "" for none.
 
@@ -137,7 +121,9 @@ def checked_predictor_digest(config: JobConfig) -> str:
     weights = config.tracker.predictor_weights
     if not weights:
         return ""
-    predictor = load_predictor(weights, "cpu")
+    from fourdh_batch.models.build_phalp import load_pose_predictor
+
+    predictor = load_pose_predictor(weights)
     if predictor.frame_length <= MAX_SLOTS:
         raise CheckpointError(
             f"tracker.predictor_weights={weights}: expected more than {MAX_SLOTS} frames, as "

@@ -677,8 +677,6 @@ def planning_card(config: JobConfig, source: PoseSource) -> ModelCard:
         }
     )
     pose = "predicted" if predictor else "last seen"
-    if tracker.predictor_weights == UNTRAINED:
-        pose = f"{pose}, {UNTRAINED}"
     texture = "compact looks where given" if poses.looks else "no texture"
     weights = source.origin()[0] if isinstance(source, EarlierRun) else GIVEN
     return ModelCard(

@@ -25,7 +25,7 @@ from torch import Tensor
 from fourdh_batch.models.smpl import SmplBody
 from fourdh_batch.rasterizer import FAR_M, Fragments, rasterize, rasterize_depth
 from fourdh_batch.synthetic.camera import Camera
-from fourdh_batch.synthetic.corpus import MIN_DEPTH_M, MIN_VISIBLE_FRACTION
+from fourdh_batch.synthetic.corpus import MIN_VISIBLE_FRACTION
 from fourdh_batch.synthetic.crops import coarse_mesh, expose
 from fourdh_batch.synthetic.gestures import PoseSampler, rotation_matrices
 from fourdh_batch.synthetic.mocap import Recording
@@ -39,6 +39,7 @@ from fourdh_batch.synthetic.scene import (
     shading,
     vertex_normals,
 )
+from fourdh_batch.synthetic.tracks import MIN_DEPTH_M
 from fourdh_batch.synthetic.wardrobe import Wardrobe, random_outfits
 from fourdh_batch.types import F32, F64, I64, NUM_BETAS, U8
 

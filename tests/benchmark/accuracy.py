@@ -9,7 +9,7 @@ writes tables, `evaluate` scores them. The tracker then follows the same detecti
 one of its cues, and so does a tracker that knows boxes alone.
 
 Words, each key=value:
-  hmr        weights; `untrained`; or `truth` for the true body in every box (the default)
+  hmr        weights; `mini`; or `truth` for the true body in every box (the default)
   texture    weights of the texture encoder; without: looks do not count
   predictor  weights of the pose predictor; without: a pose stays as last seen
   detector   folder of a `transformers` detector or .onnx file; without: the true boxes made worse
@@ -163,7 +163,7 @@ class _Set:
             [
                 f"input={folder / 'corpus'}",
                 f"output={folder / 'tables'}",
-                f"hmr.weights={'untrained' if self.with_true_bodies else own['hmr']}",
+                f"hmr.weights={'mini' if self.with_true_bodies else own['hmr']}",
                 "hmr.device=cpu",
                 f"detector.name={kind}",
                 f"detector.path={detector or given}",

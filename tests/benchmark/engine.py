@@ -53,8 +53,7 @@ def run() -> list[dict[str, Any]]:
             settings[count] = [
                 f"input={folder / f'in{count}'}",
                 f"output={folder / 'out'}",
-                "hmr.weights=untrained",
-                "hmr.size=mini",
+                "hmr.weights=mini",
                 "hmr.device=cpu",
                 "detector.name=boxes",
                 f"detector.path={folder / 'boxes.parquet'}",

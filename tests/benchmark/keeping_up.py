@@ -23,12 +23,14 @@ from fourdh_batch.pipeline.plan import Shard, Video
 from fourdh_batch.pipeline.records import ChunkResult
 from fourdh_batch.types import Detections
 from tests.tracking_scenes import frame_of_boxes
+from tests.weights import untrained_predictor_file, untrained_texture_file
 
 FRAMES_PER_S = 100.0
 NUM_PEOPLE = 5
 CHUNK_FRAMES = 32
 DEPTH = 3
-PREDICTOR, TEXTURE = "tracker.predictor_weights=untrained", "tracker.texture_weights=untrained"
+PREDICTOR = f"tracker.predictor_weights={untrained_predictor_file()}"
+TEXTURE = f"tracker.texture_weights={untrained_texture_file()}"
 CASES = {  # name: settings, chunks
     "location and last pose": ([], 30),
     "location and predicted pose (width 128, depth 2)": ([PREDICTOR], 15),
@@ -82,7 +84,7 @@ def frames_per_s(folder: Path, words: list[str], num_chunks: int) -> float:
         None,
         [
             f"output={folder / 'out'}",
-            "hmr.weights=untrained",
+            "hmr.weights=mini",
             "hmr.device=cpu",
             "detector.name=onnx",
             f"detector.path={detector}",

@@ -26,6 +26,7 @@ from fourdh_batch.pipeline.job import Progress
 from fourdh_batch.tables.reader import read_table
 from tests.benchmark.decode import clip
 from tests.conftest import SHARED
+from tests.weights import untrained_hmr2_file
 
 MINUTES = 30
 REAL = SHARED / "videos" / "real" / "juggle_1p_720p24.mp4"
@@ -121,7 +122,7 @@ def run(minutes: float = MINUTES) -> list[dict[str, Any]]:
         words = [
             f"input={folder / 'in'}",
             f"output={folder / 'out'}",
-            "hmr.weights=untrained",
+            f"hmr.weights={untrained_hmr2_file()}",
             "hmr.size=tiny",
             "hmr.device=cpu",
             "detector.name=boxes",

@@ -27,6 +27,7 @@ from fourdh_batch.pipeline.records import ChunkResult
 from fourdh_batch.types import Detections, FrameChunk, People
 from tests.benchmark.small_clips import no_boxes
 from tests.media import write_video
+from tests.weights import untrained_hmr2_file
 
 SERVICE_S = 1 / 5  # per frame; so slow that two cores decode for sixteen
 CLIP_FRAMES = 32  # one chunk
@@ -116,7 +117,7 @@ def measure(
     words = [
         f"input={place / 'in'}",
         f"output={place / 'out'}",
-        "hmr.weights=untrained",
+        f"hmr.weights={untrained_hmr2_file()}",
         "hmr.size=tiny",
         "hmr.device=cpu",
         "detector.name=boxes",

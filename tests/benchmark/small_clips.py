@@ -29,6 +29,7 @@ from fourdh_batch.pipeline.plan import Shard
 from fourdh_batch.pipeline.shard import process_shard
 from fourdh_batch.storage import Store, fingerprint_file
 from tests.media import write_video
+from tests.weights import untrained_hmr2_file
 
 NUM_CLIPS = 2000
 NUM_ALONE = 100  # of the baselines
@@ -57,7 +58,7 @@ def corpus(folder: Path) -> list[str]:
         shutil.copy(clip, folder / f"{k:05d}.mp4")
     return [
         f"input={folder}",
-        "hmr.weights=untrained",
+        f"hmr.weights={untrained_hmr2_file()}",
         "hmr.size=tiny",
         "hmr.device=cpu",
         "detector.name=boxes",

@@ -27,6 +27,7 @@ from fourdh_batch.storage import Store
 from fourdh_batch.tables.manifest import Lease
 from fourdh_batch.tables.schema import TABLES
 from tests.media import BoxCorpus
+from tests.weights import untrained_hmr2_file
 
 REPO = Path(__file__).resolve().parents[2]
 SOUND = ["cut.mp4", "deep er/ünï & #1.mkv", "nobody.mp4", "one_frame.mp4", "two.mp4"]
@@ -200,7 +201,7 @@ def test_a_smaller_input_loses_nothing_that_is_finished(tmp_path: Path, local_ra
 def test_boxes_may_lie_in_a_file_per_video(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("1,1,10,10,50,100,1,-1,-1,-1\n")
     words = [
-        "hmr.weights=untrained",
+        f"hmr.weights={untrained_hmr2_file()}",
         "detector.name=boxes",
         f"detector.path={tmp_path}/{{video_id}}.txt",
     ]

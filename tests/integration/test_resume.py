@@ -32,10 +32,12 @@ from tests.fault_tools import (
     undisturbed_tables,
 )
 from tests.media import BoxCorpus, write_video
+from tests.weights import untrained_hmr2_file, untrained_predictor_file, untrained_texture_file
 
-PREDICTOR, TEXTURE = "tracker.predictor_weights=untrained", "tracker.texture_weights=untrained"
-
-
+PREDICTOR, TEXTURE = (
+    f"tracker.predictor_weights={untrained_predictor_file()}",
+    f"tracker.texture_weights={untrained_texture_file()}",
+)
 COMPARED = "tracks", "detections", "videos"
 
 
@@ -180,7 +182,8 @@ def test_a_killed_tracking_process_redoes_only_what_is_behind_its_saved_state(
 ) -> None:
     mine = BoxCorpus(tmp_path / "in")
     mine.add("long.mp4", num_frames=480, seed=5, miss=0.2)
-    common = ["cluster.gpu_actors=1", "hmr.size=mini"]  # not too fast to be caught
+    slow = untrained_hmr2_file("mini")  # not too fast to be caught
+    common = ["cluster.gpu_actors=1", f"hmr.weights={slow}", "hmr.size=mini"]
     undisturbed = [*mine.settings(tmp_path / "undisturbed"), *common]
     assert run_job(load_config(None, undisturbed)).exit_code == 0
 

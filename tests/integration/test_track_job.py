@@ -25,7 +25,7 @@ from fourdh_batch.errors import (
     SchemaError,
 )
 from fourdh_batch.geometry import project_full_image
-from fourdh_batch.pipeline import following
+from fourdh_batch.models import build_phalp
 from fourdh_batch.pipeline import retrack as retrack_module
 from fourdh_batch.pipeline.job import RunReport
 from fourdh_batch.pipeline.retrack import resolved, retrack
@@ -35,6 +35,7 @@ from fourdh_batch.tables.schema import make_table
 from fourdh_batch.tables.writer import SavedSpool, WorkSpool, publish_shard
 from tests import pose_files
 from tests.pose_files import WRITERS, walkers
+from tests.weights import untrained_predictor_file
 
 REPO = Path(__file__).resolve().parents[2]
 YAML = REPO / "jobs" / "track.yaml"
@@ -172,14 +173,14 @@ def test_no_gpu_is_used_unless_it_is_asked_for(
     w = walkers(num_frames=10, empty=(4,))
     pose_files.write_npz(tmp_path / "in" / "a.npz", pose_files.npz_content(w))
     devices = []
-    load = following.load_predictor
+    load = build_phalp.load_pose_predictor
 
-    def spied(weights: str, device: Any) -> Any:
+    def spied(weights: str, *, device: Any = "cpu") -> Any:
         devices.append(str(device))
-        return load(weights, device)
+        return load(weights, device=device)
 
-    monkeypatch.setattr(following, "load_predictor", spied)
-    words = ["tracker.predictor_weights=untrained", "tracker.device=auto"]
+    monkeypatch.setattr(build_phalp, "load_pose_predictor", spied)
+    words = [f"tracker.predictor_weights={untrained_predictor_file()}", "tracker.device=auto"]
     assert run(tmp_path / "in", tmp_path / "out", *words).exit_code == 0
     assert set(devices) == {"cpu"}
     words[1] = "tracker.device=cpu"  # the same job

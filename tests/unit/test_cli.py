@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import fourdh_batch as fb
 from fourdh_batch.cli import app
 from tests.media import write_video
+from tests.weights import untrained_hmr2_file
 
 runner = CliRunner()
 
@@ -120,7 +121,7 @@ def test_process_video_takes_a_broken_file_without_raising(tmp_path: Path) -> No
     boxes = tmp_path / "boxes.csv"
     boxes.write_text("x,902,0.1,0.1,0.5,0.9,1,1.0\n")
     models = fb.load_models(
-        "hmr.weights=untrained",
+        f"hmr.weights={untrained_hmr2_file()}",
         "hmr.size=tiny",
         "hmr.device=cpu",
         "detector.name=boxes",

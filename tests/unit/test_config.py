@@ -87,8 +87,11 @@ def test_shares_of_a_gpu_must_fit_on_one_where_trackers_use_it() -> None:
     words = ["cluster.trackers_per_actor=2"]
     load_config(None, words)  # without a network they take none
     with pytest.raises(ConfigError, match=r"at most 1 together, got '0\.9 \+ 2 x 0\.1'"):
-        load_config(None, [*words, "tracker.predictor_weights=untrained"])
-    words += ["tracker.predictor_weights=untrained", "cluster.gpus_per_tracker=0.05"]
+        load_config(None, [*words, "tracker.predictor_weights=p.safetensors"])
+    words += [
+        "tracker.predictor_weights=p.safetensors",
+        "cluster.gpus_per_tracker=0.05",
+    ]
     load_config(None, words)
 
 

@@ -22,6 +22,7 @@ from fourdh_batch.models.hmr2 import Hmr2
 from fourdh_batch.models.smpl import OPEN_BODY_PATH, SmplBody, load_body
 from fourdh_batch.video.crops import crop_batch
 from tests.evaluation_files import POSETRACK, emdb, people, write_emdb, write_root
+from tests.weights import untrained_hmr2_file
 
 N = 5
 
@@ -244,7 +245,7 @@ def test_the_job_prints_its_tables(
         extra_keypoints_2d=np.ones((N, 19, 3)),
     )
     words = [
-        *("hmr.weights=untrained", "hmr.size=tiny", "hmr.device=cpu"),
+        *(f"hmr.weights={untrained_hmr2_file()}", "hmr.size=tiny", "hmr.device=cpu"),
         *(f"evaluate.metadata={tmp_path}", f"evaluate.images_lsp={images}"),
     ]
     assert job.main(["--help"]) == 0

@@ -18,6 +18,7 @@ from fourdh_batch.models.texture import body_atlas
 from fourdh_batch.pipeline.engine import model_card
 from fourdh_batch.pipeline.following import TrackerModels
 from fourdh_batch.tracking.appearance import CompactMemory
+from tests.weights import untrained_hmr2_file, untrained_predictor_file, untrained_texture_file
 
 
 def write_atlas(folder: Path, *, turned: bool) -> None:
@@ -35,7 +36,7 @@ def write_encoder(path: Path, seed: int) -> None:
 
 def settings(folder: Path, *more: str) -> list[str]:
     (folder / "detector.onnx").write_bytes(b"x")
-    words = ["hmr.weights=untrained", "hmr.device=cpu", "detector.name=onnx"]
+    words = [f"hmr.weights={untrained_hmr2_file()}", "hmr.device=cpu", "detector.name=onnx"]
     return [*words, f"detector.path={folder / 'detector.onnx'}", *more]
 
 
@@ -69,8 +70,11 @@ def test_the_card_says_which_cues_count(tmp_path: Path) -> None:
         return model_card(load_config(None, settings(tmp_path, *words))).cues
 
     assert cues() == "location (ridge) + pose (last seen) + no texture"
-    both = cues("tracker.predictor_weights=untrained", "tracker.texture_weights=untrained")
-    assert both == "location (ridge) + pose (predicted) (untrained) + texture (untrained)"
+    both = cues(
+        f"tracker.predictor_weights={untrained_predictor_file()}",
+        f"tracker.texture_weights={untrained_texture_file()}",
+    )
+    assert both == "location (ridge) + pose (predicted) + texture"
 
 
 def test_missing_weights_are_found_before_anything_starts(tmp_path: Path) -> None:
@@ -81,7 +85,7 @@ def test_missing_weights_are_found_before_anything_starts(tmp_path: Path) -> Non
 
 
 def test_looks_are_kept_as_maps_or_as_stored() -> None:
-    config = load_config(None, ["tracker.texture_weights=untrained"])
+    config = load_config(None, [f"tracker.texture_weights={untrained_texture_file()}"])
     assert isinstance(TrackerModels(config, compact=True).new_tracker()._texture, CompactMemory)
     assert TrackerModels(load_config(None, [])).new_tracker()._texture is None
     assert TrackerModels(config).new_tracker()._texture is not None
@@ -89,7 +93,7 @@ def test_looks_are_kept_as_maps_or_as_stored() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_tracker_that_wants_a_gpu_and_has_none_says_what_to_do() -> None:
-    words = ["tracker.predictor_weights=untrained", "tracker.device=cuda"]
+    words = [f"tracker.predictor_weights={untrained_predictor_file()}", "tracker.device=cuda"]
     models = TrackerModels(load_config(None, words))
     with pytest.raises(ConfigError, match=r"give it a share with cluster\.gpus_per_tracker"):
         models.new_tracker()
