@@ -84,7 +84,13 @@ def task(segment: bool, model: nn.Module | None = None) -> DetectorTask:
     )
 
 
-@pytest.mark.parametrize("segment", [False, True], ids=["detector", "segmenter"])
+@pytest.mark.parametrize(
+    "segment",
+    [
+        pytest.param(False, id="detector"),
+        pytest.param(True, id="segmenter", marks=pytest.mark.slow),
+    ],
+)
 def test_the_loss_falls_and_the_result_finds_what_it_learned(segment: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     trained = task(segment)
