@@ -95,6 +95,7 @@ def test_appearance_is_trained_on_outfits_made_here(
     assert (encoder.weights_digest, encoder.weights_origin) == (record["digest"], "trained")
 
 
+@pytest.mark.slow
 def test_a_detector_is_trained_and_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -196,6 +196,7 @@ def test_impossible_settings_are_told() -> None:
         assert f"{word}: expected" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_gives_the_same_weights(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     records = []
