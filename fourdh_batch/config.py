@@ -501,6 +501,8 @@ class TrainPredictorConfig:
         mask_share: share of the poses that are hidden, as published.
         stretch_share: share of the tracks of which a stretch is hidden instead, or all but the
             last few: what the tracker asks for.
+        single_pose_steps: before the first step the encoder and the read-out learn single poses
+            in so many (0: everything starts from random weights, as published).
         min_rows: shorter tracks are left out.
     """
 
@@ -518,6 +520,7 @@ class TrainPredictorConfig:
     frame_length: int = 125
     mask_share: float = 0.4
     stretch_share: float = 0.5
+    single_pose_steps: int = 1500
     min_rows: int = 20
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(learning_rate=1e-4, weight_decay=0.05)
@@ -845,6 +848,7 @@ def _hmr_checks(config: TrainHmrConfig) -> list[_Check]:
 
 def _predictor_checks(config: TrainPredictorConfig) -> list[_Check]:
     shares = {"mask_share": config.mask_share, "stretch_share": config.stretch_share}
+    steps = config.single_pose_steps
     sizes = ("dim", "depth", "num_heads", "head_dim", "mlp_dim", "smpl_dim", "frame_length")
     return [
         *_source_checks(config, TRACK_SOURCE_KINDS),
@@ -852,6 +856,7 @@ def _predictor_checks(config: TrainPredictorConfig) -> list[_Check]:
         *((name, 0 <= share <= 1, "0 to 1", share) for name, share in shares.items()),
         *((name, getattr(config, name) >= 1, "1 or more", getattr(config, name)) for name in sizes),
         ("min_rows", config.min_rows >= 2, "2 or more", config.min_rows),
+        ("single_pose_steps", steps >= 0, "0 or more", steps),
     ]
 
 

@@ -5,11 +5,17 @@ published code of LART, which this predictor comes from: hidden poses are replac
 token, losses are taken on them alone, AdamW with betas (0.9, 0.95) and no decay of vectors. That
 code offers L1 and L2 and does not say which the released weights had: here L2 on rotations and
 betas, L1 on the location.
+
+The first weights are ours: from random ones little more than the mean pose is learnt in the same
+time. Encoder and read-out learn single poses first (`_learn_single_poses`), which is quick without
+the transformers between them, and these begin by letting poses through (`_let_poses_through`).
 """
 
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -48,13 +54,18 @@ from fourdh_batch.training.tracks import (
 )
 from fourdh_batch.types import F32, F64, NUM_BETAS, NUM_BODY_JOINTS
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_NAME = "pose_predictor.safetensors"
 ADAM_BETAS = (0.9, 0.95)
 NUM_ROTATION_NUMBERS = 9 * (1 + NUM_BODY_JOINTS)
 NUM_LOCATION = NUM_POSE_VECTOR - NUM_ROTATION_NUMBERS - NUM_BETAS
 MIN_STD = 1e-6  # of a number that is ever the same
 HELD_OUT_STEP = 10  # every so manieth video of a root that is in both lists is held out
-_TRAINING, _HELD_OUT, _MASKS, _GAPS = range(4)  # what a seed is for
+_TRAINING, _HELD_OUT, _MASKS, _GAPS, _SINGLE = range(5)  # what a seed is for
+SINGLE_POSES, SINGLE_POSE_RATE, SINGLE_POSE_WARMUP = 256, 2e-3, 50
+POSITION_SCALES = 0.5, 0.1  # of first weights, before the first and the second transformer
+CONV_NOISE = 0.1  # share of the random part of first weights that stays
 UPRIGHT_ROT6D = (1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
 
 
@@ -133,10 +144,7 @@ class PredictorTask:
         """See `loop.Task`."""
         pose, shown, is_seen, is_wanted = (tensor.to(self._device) for tensor in batch[:4])
         told = self._told(self._normalised(shown), is_seen, is_wanted)
-        off = told - pose[is_wanted]
-        count = len(off) + 1  # as published
-        pose_loss = off[:, :-NUM_LOCATION].square().sum() / count
-        location_loss = off[:, -NUM_LOCATION:].abs().sum() / count
+        pose_loss, location_loss = _losses(told, pose[is_wanted])
         loss = pose_loss + location_loss
         norm = update(self.optimizers["network"], loss, self._trained, self._loop.clip_norm)
         return {
@@ -185,6 +193,31 @@ class PredictorTask:
             network, self._mean, self._std, device=self._device, weights_origin="trained"
         )
         return save_pose_predictor(predictor, path)
+
+    def learn_single_poses(self, tracks: Sequence[TrackPoses], num_steps: int) -> None:
+        """Let encoder and read-out tell exact poses from shown ones, a slot by itself."""
+        network, seed = self._network, self._loop.seed
+        pose, shown = (
+            torch.from_numpy(np.concatenate(column)).to(self._device)
+            for column in zip(*((track.pose, track.shown) for track in tracks), strict=True)
+        )
+        parts = (network.pose_shape_encoder, network.smpl_head, network.loca_head)
+        optimizer = AdamW(
+            [parameter for part in parts for parameter in part.parameters()],
+            lr=SINGLE_POSE_RATE,
+            weight_decay=0.0,
+            betas=ADAM_BETAS,
+        )
+        random = np.random.default_rng(seed_of(seed, _SINGLE))
+        for step in range(num_steps):
+            for group in optimizer.param_groups:
+                rise, share = (step + 1) / SINGLE_POSE_WARMUP, step / num_steps
+                group["lr"] = SINGLE_POSE_RATE * min(rise, (1 + math.cos(math.pi * share)) / 2)
+            rows = torch.from_numpy(random.integers(len(pose), size=SINGLE_POSES)).to(self._device)
+            told = network.read_out(network.pose_shape_encoder(self._normalised(shown[rows])))
+            pose_loss, location_loss = _losses(told, pose[rows])
+            update(optimizer, pose_loss + location_loss, (), 0.0)
+        logger.info("single poses: loss %.4g after %d steps", pose_loss + location_loss, num_steps)
 
     def _normalised(self, pose: Tensor) -> Tensor:
         return (pose - self._mean) / (self._std + STD_EPSILON)
@@ -272,7 +305,7 @@ def build_predictor_task(
     network = copy.deepcopy(network).train()
     mean, std = _statistics(known)
     _set_mean(network, mean)
-    return PredictorTask(
+    task = PredictorTask(
         network,
         torch.from_numpy(mean),
         torch.from_numpy(std),
@@ -289,6 +322,10 @@ def build_predictor_task(
         num_held_out=config.held_out_examples,
         body=body,
     )
+    if config.single_pose_steps:
+        task.learn_single_poses(known, config.single_pose_steps)
+        _let_poses_through(network)
+    return task
 
 
 def roots_in_both(config: TrainPredictorConfig) -> set[str]:
@@ -318,6 +355,40 @@ def _set_mean(network: PoseTransformer, mean: F32) -> None:
         betas = mean[NUM_ROTATION_NUMBERS:-NUM_LOCATION]
         cast(Tensor, head.init_betas).copy_(torch.from_numpy(betas[None]))
         cast(Tensor, head.init_cam).zero_()
+
+
+@torch.no_grad()
+def _let_poses_through(network: PoseTransformer) -> None:
+    """First weights that make every slot a mean of seen tokens, of near ones as soon as learnt.
+
+    Attention mixes tokens as they are; the code of five slots is their mean, and each gets it back;
+    slots are numbered by waves, which are alike in near slots, not by noise.
+    """
+    size = network.size
+    slot, wave = torch.arange(size.frame_length)[:, None], torch.arange(-(-size.dim // 2))
+    turns = slot / size.frame_length ** (wave / max(len(wave) - 1, 1))  # 2 to 2 L slots long
+    waves = torch.cat((torch.sin(torch.pi * turns), torch.cos(torch.pi * turns)), dim=1)
+    network.pos_embedding_learned1.copy_(POSITION_SCALES[0] * waves[None, :, : size.dim])
+    network.pos_embedding_learned2.copy_(POSITION_SCALES[1] * waves[None, :, : size.dim])
+    for _, attention, _ in network.transformer1.blocks():
+        to_out = cast(nn.Linear, attention.to_out[0])
+        nn.init.eye_(attention.to_qkv.weight[2 * to_out.in_features :])
+        nn.init.eye_(to_out.weight)
+        to_out.weight.div_(size.depth)
+        to_out.bias.zero_()
+    inner = slice(size.conv_pad, size.conv_pad + size.conv_stride)
+    for conv, share in ((network.conv_en, 1 / size.conv_stride), (network.conv_de, 1.0)):
+        conv.weight.mul_(CONV_NOISE)
+        conv.weight[..., inner] += share * torch.eye(size.dim, device=conv.weight.device)[..., None]
+
+
+def _losses(told: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Of poses and of locations, per slot."""
+    off, count = told - truth, len(told) + 1  # as published
+    return (
+        off[:, :-NUM_LOCATION].square().sum() / count,
+        off[:, -NUM_LOCATION:].abs().sum() / count,
+    )
 
 
 def _simple(pose: F32, is_seen: np.ndarray, is_wanted: np.ndarray) -> tuple[F32, F32]:
