@@ -216,8 +216,9 @@ class PredictorTask:
             rows = torch.from_numpy(random.integers(len(pose), size=SINGLE_POSES)).to(self._device)
             told = network.read_out(network.pose_shape_encoder(self._normalised(shown[rows])))
             pose_loss, location_loss = _losses(told, pose[rows])
-            update(optimizer, pose_loss + location_loss, (), 0.0)
-        logger.info("single poses: loss %.4g after %d steps", pose_loss + location_loss, num_steps)
+            loss = pose_loss + location_loss
+            update(optimizer, loss, (), 0.0)
+        logger.info("single poses: loss %.4g after %d steps", loss.item(), num_steps)
 
     def _normalised(self, pose: Tensor) -> Tensor:
         return (pose - self._mean) / (self._std + STD_EPSILON)

@@ -156,6 +156,7 @@ class TestTask:
         smpl_dim=64,
         frame_length=LENGTH,
         held_out_examples=8,
+        single_pose_steps=20,
         loop=LoopConfig(
             steps=4,
             batch_size=4,
