@@ -53,6 +53,7 @@ from fourdh_batch.pipeline.status import RUNNING, status_of
 from fourdh_batch.storage import Store, redact, redact_uri
 from fourdh_batch.tables.reader import read_table, read_tracks
 from fourdh_batch.tables.release import ReleaseProgress, release_root
+from fourdh_batch.tables.schema import video_ids_of
 from fourdh_batch.tables.verify import VerifyProgress, VerifyReport, verify_root
 from fourdh_batch.video.decode import VideoReader
 
@@ -546,7 +547,8 @@ def synthesize(
 def _remove_clips(folder: Path, truth: Path) -> None:
     """Delete the clips of a truth, which would stay beside those of another."""
     try:
-        names = pq.read_table(truth, columns=["video_id"])["video_id"].unique().to_pylist()
+        rows = pq.read_table(truth, columns=["video_id"])
+        names = {*rows["video_id"].unique().to_pylist(), *video_ids_of(rows.schema)}
     except pa.ArrowInvalid as error:
         raise ConfigError(f"{truth}: expected the truth of a corpus, got {error}") from error
     for name in names:
@@ -1017,7 +1019,10 @@ def show_scores(report: Report) -> None:
                 word
                 for scores in one.tracking.values()
                 for word in (
-                    *(f"{scores.hota:.3f}", f"{scores.mota:.3f}"),
+                    *(
+                        _number(share if scores.num_truth_boxes else None, 3)
+                        for share in (scores.hota, scores.mota)
+                    ),
                     str(scores.id_switches),
                 )
             ),

@@ -491,7 +491,8 @@ class TrainPredictorConfig:
             `[{kind: tables, path: /data/tables}, {kind: synthetic, weight: 0.2}]`. Where
             `synthetic` has a path to motion capture, everybody plays it.
         held_out: what is evaluated on, the same way, each by itself; its `synthetic` has other
-            seeds. Of an output root that is in both lists every tenth video is held out.
+            seeds. Of an output root that is in both lists about every tenth video is held out,
+            chosen by its name.
         held_out_examples: of each of these.
         jitter_deg: by so much (standard deviation about each axis) the rotations that the
             predictor is shown of `synthetic` people are wrong, as estimates are; what it has to
@@ -849,12 +850,21 @@ def _hmr_checks(config: TrainHmrConfig) -> list[_Check]:
 def _predictor_checks(config: TrainPredictorConfig) -> list[_Check]:
     shares = {"mask_share": config.mask_share, "stretch_share": config.stretch_share}
     steps = config.single_pose_steps
-    sizes = ("dim", "depth", "num_heads", "head_dim", "mlp_dim", "smpl_dim", "frame_length")
+    sizes = ("dim", "depth", "num_heads", "head_dim", "mlp_dim", "smpl_dim")
+    # Whole steps of the predictor's convolution; gaps of evaluation (training/tracks.py) with rows
+    # around them.
+    length, stride, least = config.frame_length, 5, 24
     return [
         *_source_checks(config, TRACK_SOURCE_KINDS),
         ("jitter_deg", config.jitter_deg >= 0, "0 or more", config.jitter_deg),
         *((name, 0 <= share <= 1, "0 to 1", share) for name, share in shares.items()),
         *((name, getattr(config, name) >= 1, "1 or more", getattr(config, name)) for name in sizes),
+        (
+            "frame_length",
+            length >= least and length % stride == 0,
+            f"a multiple of {stride} above {least}",
+            length,
+        ),
         ("min_rows", config.min_rows >= 2, "2 or more", config.min_rows),
         ("single_pose_steps", steps >= 0, "0 or more", steps),
     ]

@@ -102,6 +102,11 @@ def local_path(uri: str) -> Path:
     return Path(uri.split("://", 1)[1] if "://" in uri else uri)
 
 
+def normal_uri(uri: str) -> str:
+    """One spelling of an address: local paths resolved, remote ones without slashes at the end."""
+    return str(local_path(uri).resolve()) if is_local(uri) else uri.rstrip("/")
+
+
 def redact_uri(uri: str) -> str:
     """The address without user, password and signed query: fit for logs and tables."""
     if "://" not in uri:

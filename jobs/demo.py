@@ -17,20 +17,36 @@ from pathlib import Path
 import pandas as pd
 
 import fourdh_batch as fb
-from fourdh_batch.cli import run_job, show, show_scores
+from fourdh_batch.cli import USAGE, run_job, show, show_scores
 from fourdh_batch.evaluate.report import evaluate
 from fourdh_batch.synthetic.corpus import make_corpus
 from fourdh_batch.synthetic.plans import draw_plan
 from fourdh_batch.video.decode import read_frames
 from fourdh_batch.view.overlay import contact_sheet
 
-SEED = 1000  # training has seeds below
+SEED = 1000  # trainings draw their people with hashed seeds of 64 bits (`loop.seed_of`)
 SHOWN = ("crossing", "occlusion", "reentry", "gestures")
 NUM_FRAMES = 75
 SHEET_FRAMES = 4  # of each clip
 
 
-def main(folder: Path) -> int:
+def main(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
+    if len(words) > 1 or any(word.startswith("-") for word in words):
+        print(f"expected at most one folder, got {' '.join(words)}", file=sys.stderr)
+        return USAGE
+    folder = Path(words[0] if words else "demo_output").resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"{folder}: expected a folder to write to: {error.strerror}", file=sys.stderr)
+        return USAGE
+    return demo(folder)
+
+
+def demo(folder: Path) -> int:
     corpus, tables = folder / "corpus", folder / "tables"
     started = time.monotonic()
     body = fb.load_body()
@@ -78,11 +94,4 @@ def _short(numbers: object) -> str:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        sys.exit(0)
-    words = sys.argv[1:]
-    if len(words) > 1 or any(word.startswith("-") for word in words):
-        print(f"expected at most one folder, got {' '.join(words)}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(main(Path(words[0] if words else "demo_output").resolve()))
+    sys.exit(main(sys.argv[1:]))

@@ -28,11 +28,13 @@ YAML = Path(__file__).with_suffix(".yaml")
 
 def run(config: TrainPredictorConfig) -> None:
     from fourdh_batch.training.distributed import train_everywhere
-    from fourdh_batch.training.predictor import build_predictor_task, roots_in_both
+    from fourdh_batch.training.predictor import build_predictor_task
+    from fourdh_batch.training.sources import paths_in_both, warn_of_shared_recordings
 
+    warn_of_shared_recordings(config)
     build = partial(build_predictor_task, config)
     # Whether some videos of a root are held out decides what is trained on.
-    settings = {**to_dict(config), "split_roots": sorted(roots_in_both(config))}
+    settings = {**to_dict(config), "split_roots": paths_in_both(config, "tables")}
     train_everywhere(build, config.loop, config.output, settings, log_format=config.log.format)
 
 

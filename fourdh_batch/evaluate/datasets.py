@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -77,7 +78,9 @@ def load_people(uri: str) -> PeopleSet:
         scale = npz.read("scale")
         if scale.size not in (n, 2 * n):
             raise ConfigError(f"{npz.name}: scale: expected ({n},) or ({n}, 2), got {scale.shape}")
-        size = np.broadcast_to(scale.reshape(n, -1), (n, 2)).astype(np.float32)
+        size = np.broadcast_to(scale.reshape(n, scale.size // n if n else 2), (n, 2)).astype(
+            np.float32
+        )
         if not np.isfinite(center).all():
             raise ConfigError(f"{npz.name}: center: expected finite numbers, got NaN or infinity")
         if n and not (np.isfinite(size).all() and (size > 0).all()):
@@ -314,6 +317,9 @@ def _files(uri: str, ending: str) -> Iterator[tuple[str, bytes]]:
             yield f"{redact_uri(uri)}/{key}", store.read_bytes(key)
 
 
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # of a member; ways to pack it
+
+
 class _Npz:
     """Some arrays of an npz; the others are never decoded."""
 
@@ -341,8 +347,8 @@ class _Npz:
         if field not in self:
             names = sorted(name.removesuffix(".npy") for name in self._zip.namelist())
             raise ConfigError(f"{self.name}: expected the field {field!r}, got {names}")
-        stream = io.BytesIO(self._zip.read(f"{field}.npy"))
         try:
+            stream = io.BytesIO(self._zip.read(f"{field}.npy"))
             version = np.lib.format.read_magic(stream)
             read_header = {
                 (1, 0): np.lib.format.read_array_header_1_0,
@@ -353,7 +359,7 @@ class _Npz:
                 return np.asarray(load_restricted_pickle(stream))
             stream.seek(0)
             return np.asarray(np.load(stream, allow_pickle=False))
-        except (ValueError, KeyError, EOFError, CheckpointError) as error:
+        except (*_DAMAGED, ValueError, KeyError, EOFError, CheckpointError) as error:
             raise ConfigError(
                 f"{self.name}: {field}: expected an array of numbers or text, got {error}"
             ) from error

@@ -42,6 +42,7 @@ from fourdh_batch.evaluate.pose import (
 from fourdh_batch.evaluate.tracking import PROTOCOLS, TrackingScores, tracking_scores
 from fourdh_batch.storage import open_read, redact_uri
 from fourdh_batch.tables.reader import read_arrow, smpl_arrays
+from fourdh_batch.tables.schema import video_ids_of
 from fourdh_batch.types import F32, F64, I64, NUM_KEYPOINTS, Bool
 
 if TYPE_CHECKING:  # imports torch
@@ -187,10 +188,10 @@ def evaluate(
         FileNotFoundError: there is nothing at one of the addresses.
     """
     notes: list[str] = []
-    true_rows = _read_truth(truth, notes)
+    true_rows, named = _read_truth(truth, notes)
     if true_rows.num_rows == 0:
         raise ConfigError(f"{redact_uri(truth)}: expected rows of true people, got none")
-    wanted = sorted(pc.unique(true_rows["video_id"]).to_pylist())
+    wanted = sorted({*pc.unique(true_rows["video_id"]).to_pylist(), *named})
     done, others = _finished_videos(predictions, dataset, wanted)
     if not done:
         raise ConfigError(
@@ -232,8 +233,9 @@ def evaluate(
 # --- reading -----------------------------------------------------------------------------------
 
 
-def _read_truth(uri: str, notes: list[str]) -> Any:
-    """The truth's rows with those of our columns that it has."""
+def _read_truth(uri: str, notes: list[str]) -> tuple[Any, list[str]]:
+    """The truth's rows with those of our columns that it has; videos that it names besides."""
+    named: list[str] = []
     known = [*BOX_COLUMNS, *STATE_COLUMNS, *POSE_COLUMNS, *BODY_COLUMNS]
     if uri.endswith(".parquet"):
         with open_read(uri) as file:
@@ -241,6 +243,7 @@ def _read_truth(uri: str, notes: list[str]) -> Any:
                 parquet = pq.ParquetFile(file)
                 there = [name for name in known if name in parquet.schema_arrow.names]
                 table = parquet.read(columns=there)
+                named = video_ids_of(parquet.schema_arrow)
             except pa.ArrowInvalid as error:
                 raise SchemaError(f"{redact_uri(uri)}: expected Parquet, got {error}") from error
     else:
@@ -264,7 +267,7 @@ def _read_truth(uri: str, notes: list[str]) -> Any:
         raise SchemaError(
             f"{redact_uri(uri)}: {where}: expected a box with an extent, got {box[row].tolist()}"
         )
-    return table
+    return table, named
 
 
 def _finished_videos(

@@ -40,7 +40,8 @@ class Protocol:
         min_iou: from which two boxes may be the same person's, for IDs, MOTA and IDF1. HOTA has
             its own 19 thresholds.
         annotated_frames_only: frames without a true box do not count.
-        mean_of_videos: HOTA, DetA and AssA of all videos are unweighted means of the videos'.
+        mean_of_videos: HOTA, DetA and AssA of all videos are unweighted means of those of videos
+            with people.
     """
 
     min_iou: float
@@ -59,8 +60,8 @@ class TrackingScores:
     """Scores of one video or of all; shares are in [0, 1], MOTA may be negative.
 
     Attributes:
-        hota, det_a, ass_a: means over HOTA's thresholds 0.05 to 0.95.
-        mota, idf1: see the sources.
+        hota, det_a, ass_a: means over HOTA's thresholds 0.05 to 0.95; 0 where nobody is there.
+        mota, idf1: see the sources; 0 of a video where nobody is there.
         id_switches: `IDs` of the published tables.
         misses, false_positives, matches: boxes, at the protocol's IoU.
         num_truth_boxes, num_predicted_boxes, num_truth_tracks: that count in the protocol.
@@ -118,8 +119,10 @@ def tracking_scores(
     combined = {kind: metrics[kind].combine_sequences(results[kind]) for kind in metrics}
     overall = _scores(combined, list(data.values()))
     if wanted.mean_of_videos:
+        # A video without an annotated frame has none that counts.
+        counting = [one for one in scores.values() if one.num_truth_boxes]
         means = {
-            field: float(np.mean([getattr(one, field) for one in scores.values()]))
+            field: float(np.mean([getattr(one, field) for one in counting])) if counting else 0.0
             for field in ("hota", "det_a", "ass_a")
         }
         overall = TrackingScores(**{**overall.to_dict(), **means})  # type: ignore[arg-type]

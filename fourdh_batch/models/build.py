@@ -230,7 +230,7 @@ def check_checkpoint(path: str | Path) -> str:
     Raises:
         CheckpointError: as `load_hmr2`.
     """
-    weights, metadata = _read(Path(path))
+    weights, metadata = _read(shipped(path, HMR2))
     size = metadata.get("size") or _closest_size(weights)
     fitting = _fitting_weights(weights, size, str(path))
     digest = _digest(fitting, metadata.get("digest"), str(path))

@@ -12,6 +12,7 @@ from pathlib import Path
 from fourdh_batch.errors import CheckpointError, ConfigError
 from fourdh_batch.models import appearance, build, build_phalp
 from fourdh_batch.models.checkpoint import MAX_LISTED, read_checkpoint, read_safetensors_metadata
+from fourdh_batch.models.minis import MINI
 
 HMR2, TEXTURE, PREDICTOR = "hmr2", "texture", "predictor"
 PARTS = (HMR2, TEXTURE, PREDICTOR)
@@ -90,13 +91,15 @@ def check_weights(path: str | Path, *, part: str | None = None) -> str:
     """One line about a file of weights that fits: part, origin, tensors, numbers, digest.
 
     Args:
-        path: published, or ours.
+        path: published, or ours; the word ``mini``, of which the part must be named.
         part: one of `PARTS`; None: see `part_of`.
 
     Raises:
-        ConfigError: there is no such part.
+        ConfigError: there is no such part, or several.
         CheckpointError: a file is missing, damaged, refers to code, or does not fit.
     """
+    if str(path) == MINI and part not in (HMR2, TEXTURE):
+        raise ConfigError(f"{path}: expected the part {HMR2} or {TEXTURE}, got {part}")
     part = _checked(part) or part_of(path)
     if part == HMR2:
         return build.check_checkpoint(path)

@@ -22,7 +22,7 @@ from fourdh_batch.models.appearance import AppearanceProjection, load_texture_en
 from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, weights_origin
 from fourdh_batch.models.detector import DETECTORS, Detector, build_detector, drop_reasons
 from fourdh_batch.models.hmr2 import Hmr2
-from fourdh_batch.models.minis import HMR2, shipped
+from fourdh_batch.models.minis import HMR2, MINI, shipped
 from fourdh_batch.models.smpl import NUM_FACES, SmplBody, load_body
 from fourdh_batch.models.texture import Atlas, TextureSampler, body_atlas, load_atlas
 from fourdh_batch.pipeline.following import checked_predictor_digest
@@ -119,6 +119,7 @@ def build_model(config: JobConfig) -> Hmr2:
     model = load_hmr2(
         hmr.weights, body, device=device, precision=hmr.precision, size=hmr.size or None
     )
+    _warn_of_minis(config, body)
     if model.weights_origin == UNTRAINED:
         logger.warning("weights: untrained. The bodies in the output mean nothing.")
     elif model.weights_origin != "trained" and body.name == "open":
@@ -127,6 +128,24 @@ def build_model(config: JobConfig) -> Hmr2:
             "space. Give hmr.body=SMPL_NEUTRAL.pkl hmr.extra_regressor=SMPL_to_J19.pkl"
         )
     return model
+
+
+def _warn_of_minis(config: JobConfig, body: SmplBody) -> None:
+    """The small models of this package were trained on its open body and in its atlas."""
+    hmr, tracker = config.hmr, config.tracker
+    if hmr.weights == MINI and body.name != "open":
+        logger.warning(
+            "hmr.weights=mini with hmr.body=%s: the small model knows the open body alone, whose "
+            "shape space is another. Leave hmr.body out, or give weights for it",
+            hmr.body,
+        )
+    if tracker.texture_weights == MINI and (tracker.atlas or body.name != "open"):
+        other = f"tracker.atlas={tracker.atlas}" if tracker.atlas else f"hmr.body={hmr.body}"
+        logger.warning(
+            "tracker.texture_weights=mini with %s: the small model knows the open body's atlas "
+            "alone. Leave that out, or give weights for it",
+            other,
+        )
 
 
 def _device(config: JobConfig) -> torch.device:

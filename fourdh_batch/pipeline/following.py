@@ -38,16 +38,20 @@ class TrackerModels:
 
     def new_tracker(self) -> PhalpTracker:
         """A tracker for one video, with the cues that the settings name."""
-        wanted = self._config.tracker
         return PhalpTracker(
-            TrackerSettings(
-                gate=wanted.gate,
-                n_init=wanted.n_init,
-                max_age=wanted.max_age,
-                compat=wanted.compat,
-            ),
+            self._settings,
             pose_predictor=self.predictor,
             texture=self._new_texture_term(),
+        )
+
+    @property
+    def _settings(self) -> TrackerSettings:
+        wanted = self._config.tracker
+        return TrackerSettings(
+            gate=wanted.gate,
+            n_init=wanted.n_init,
+            max_age=wanted.max_age,
+            compat=wanted.compat,
         )
 
     def _new_texture_term(self) -> TextureTerm | None:

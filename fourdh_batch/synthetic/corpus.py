@@ -3,7 +3,8 @@
 `make_corpus` writes into one folder
     <name>.mp4        H.264, 25 frames per second
     boxes.parquet     video_id, frame_index, bbox_xyxy_px [4], score: people who can be seen
-    truth.parquet     the table `tracks` as a faultless tracker would write it
+    truth.parquet     the table `tracks` as a faultless tracker would write it; its metadata names
+                      all clips, those with nobody in them, too
 The `video_id` is the file name. Everything follows from the seed, the plans and the body model.
 
 In the truth a `track_id` is a person, the same across a cut and after leaving the picture. A row
@@ -38,7 +39,7 @@ from fourdh_batch.synthetic.rooms import random_room
 from fourdh_batch.synthetic.scene import quantise, render, vertex_normals
 from fourdh_batch.synthetic.tracks import IMAGE_SIZE_WH, MIN_DEPTH_M, move_person
 from fourdh_batch.synthetic.wardrobe import Outfit, Wardrobe, random_outfits
-from fourdh_batch.tables.schema import arrow_schema, make_table
+from fourdh_batch.tables.schema import arrow_schema, make_table, with_video_ids
 from fourdh_batch.types import I64, NUM_BETAS, U8, Bool
 
 DATASET = "synthetic"
@@ -121,6 +122,7 @@ def make_corpus(
             made.append(clip)
             truth.append(rows)
     table = pa.concat_tables([arrow_schema("tracks").empty_table(), *truth])
+    table = with_video_ids(table, [clip.video_id for clip in made])
     pq.write_table(_boxes(table), folder / "boxes.parquet")
     pq.write_table(table, folder / "truth.parquet")
     return made

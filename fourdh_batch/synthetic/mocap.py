@@ -10,23 +10,30 @@ and LaFAN1 collections write them.
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
 from fourdh_batch.errors import MotionError
+from fourdh_batch.storage import is_local, list_objects, redact_uri
 from fourdh_batch.synthetic.gestures import rotation_matrices
 from fourdh_batch.synthetic.motion import Body, Motion
 from fourdh_batch.types import F64, NUM_BODY_JOINTS
+
+logger = logging.getLogger(__name__)
 
 NUM_JOINTS = 1 + NUM_BODY_JOINTS
 AMASS_WIDTHS = (72, 156, 165)  # SMPL, SMPL+H, SMPL-X; the first 66 numbers are the same joints
@@ -123,15 +130,34 @@ def play(
 
 
 def load_recordings(folder: str | Path) -> list[Recording]:
-    """Every .npz and .bvh of a folder, by name.
+    """Every .npz and .bvh of a folder and of those below it, by path.
+
+    An .npz without poses, such as AMASS's ``shape.npz`` of each subject, is left out with a
+    warning; hidden files and folders and links back to a folder above are not followed.
 
     Raises:
-        MotionError: a file cannot be used, or there is none.
+        FileNotFoundError: there is no such folder.
+        MotionError: a file cannot be used, none has poses, or the folder is not local.
     """
-    paths = [p for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in (".npz", ".bvh")]
-    if not paths:
-        raise MotionError(f"{folder}: expected .npz or .bvh files, got none")
-    return [load_recording(path) for path in paths]
+    if not is_local(str(folder)):
+        raise MotionError(f"{redact_uri(str(folder))}: expected a local folder")
+    recordings: list[Recording] = []
+    without: dict[Path, list[str]] = {}
+    for item in list_objects(str(folder), (".npz", ".bvh")):
+        path = Path(item.uri)
+        if path.suffix.lower() == ".npz" and not _has_poses(path):
+            without.setdefault(path.parent, []).append(path.name)
+        else:
+            recordings.append(load_recording(path))
+    for place, names in without.items():
+        logger.warning("%s: left out, no poses in %s", place, ", ".join(names))
+    if not recordings:
+        found = ", ".join(str(place / n) for place, names in without.items() for n in names)
+        raise MotionError(
+            f"{folder}: expected .npz or .bvh files with poses, got none"
+            f"{' in ' * bool(found)}{found}"
+        )
+    return recordings
 
 
 def load_recording(path: str | Path, *, up: UpAxis | None = None) -> Recording:
@@ -164,12 +190,27 @@ def load_recording(path: str | Path, *, up: UpAxis | None = None) -> Recording:
 # ---------------------------------------------------------------- npz
 
 
-def _read_npz(path: Path) -> tuple[Recording, UpAxis]:
+@contextmanager
+def _npz(path: Path) -> Iterator[NpzFile]:
+    """Raises: MotionError: it is none, or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            stored = {key: file[key] for key in file.files if key in _NPZ_KEYS}
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, NpzFile):
+            raise ValueError("a single array")
+        with stored:
+            yield stored
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise MotionError(f"{path}: expected an .npz of plain arrays, got {error}") from error
+
+
+def _has_poses(path: Path) -> bool:
+    with _npz(path) as file:
+        return not POSE_KEYS.isdisjoint(file.files)
+
+
+def _read_npz(path: Path) -> tuple[Recording, UpAxis]:
+    with _npz(path) as file:
+        stored = {key: file[key] for key in file.files if key in _NPZ_KEYS}
     if "poses" in stored:
         poses = _floats(path, stored, "poses", 2)
         if poses.shape[1] not in AMASS_WIDTHS:
@@ -201,6 +242,7 @@ def _read_npz(path: Path) -> tuple[Recording, UpAxis]:
     return Recording(path.name, pose, trans, fps), up
 
 
+POSE_KEYS = {"poses", "global_orient_axis_angle", "body_pose_axis_angle"}
 _NPZ_KEYS = {
     *("poses", "trans", "mocap_framerate", "mocap_frame_rate"),
     *("global_orient_axis_angle", "body_pose_axis_angle", "transl_m", "fps"),

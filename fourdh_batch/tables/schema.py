@@ -10,6 +10,7 @@ masked value of a masked array, or None in a sequence.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import yaml
 
 from fourdh_batch.errors import SchemaError
 
+VIDEO_IDS = b"video_ids"  # in the metadata of a file, a JSON list
 TABLES = ("tracks", "detections", "videos", "failures")
 
 _TYPES: dict[str, Any] = {
@@ -171,6 +173,28 @@ def make_table(
     table = pa.Table.from_arrays(arrays, schema=arrow_schema(name))
     _check_values(schema, table)
     return table
+
+
+def with_video_ids(table: Any, video_ids: Sequence[str]) -> Any:
+    """The table, with the ids of all its videos, those without a row among them, beside it."""
+    told = json.dumps(list(video_ids)).encode()
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), VIDEO_IDS: told})
+
+
+def video_ids_of(schema: Any) -> list[str]:
+    """What `with_video_ids` told; empty where nothing was told.
+
+    Raises:
+        SchemaError: it is no list of texts.
+    """
+    text = (schema.metadata or {}).get(VIDEO_IDS, b"[]")
+    try:
+        told = json.loads(text)
+    except ValueError:
+        told = None
+    if not isinstance(told, list) or not all(isinstance(name, str) for name in told):
+        raise SchemaError(f"metadata {VIDEO_IDS.decode()}: expected a list of ids, got {text!r}")
+    return told
 
 
 def check_table(name: str, table: Any) -> None:

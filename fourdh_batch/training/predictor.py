@@ -39,8 +39,11 @@ from fourdh_batch.models.predictor import (
     PredictorSize,
 )
 from fourdh_batch.models.smpl import SmplBody, load_body
+from fourdh_batch.storage import normal_uri
 from fourdh_batch.training.loop import Examples, seed_of, update
+from fourdh_batch.training.sources import paths_in_both
 from fourdh_batch.training.tracks import (
+    HELD_OUT_STEP,
     GapTracks,
     ListedTracks,
     MaskedTrack,
@@ -50,6 +53,7 @@ from fourdh_batch.training.tracks import (
     TrackPoses,
     TrackSource,
     collate_tracks,
+    is_held_out,
     read_track_poses,
 )
 from fourdh_batch.types import F32, F64, NUM_BETAS, NUM_BODY_JOINTS
@@ -61,12 +65,26 @@ ADAM_BETAS = (0.9, 0.95)
 NUM_ROTATION_NUMBERS = 9 * (1 + NUM_BODY_JOINTS)
 NUM_LOCATION = NUM_POSE_VECTOR - NUM_ROTATION_NUMBERS - NUM_BETAS
 MIN_STD = 1e-6  # of a number that is ever the same
-HELD_OUT_STEP = 10  # every so manieth video of a root that is in both lists is held out
 _TRAINING, _HELD_OUT, _MASKS, _GAPS, _SINGLE = range(5)  # what a seed is for
 SINGLE_POSES, SINGLE_POSE_RATE, SINGLE_POSE_WARMUP = 256, 2e-3, 50
 POSITION_SCALES = 0.5, 0.1  # of first weights, before the first and the second transformer
 CONV_NOISE = 0.1  # share of the random part of first weights that stays
 UPRIGHT_ROT6D = (1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
+
+
+class _Normalisation(nn.Module):
+    """(229,) mean and standard deviation of pose vectors; a training that goes on keeps its own."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return (pose - self.mean) / (self.std + STD_EPSILON)
 
 
 class _Told(nn.Module):
@@ -89,7 +107,7 @@ class PredictorTask:
 
     Args:
         network: with its first weights, on the device of the training.
-        mean, std: (229,) of pose vectors.
+        mean, std: (229,) of pose vectors; of a training that goes on those of its checkpoint count.
         loop: settings.
         examples, held_out: of `MaskedTrack`s.
         num_held_out: examples of each held-out set.
@@ -112,7 +130,7 @@ class PredictorTask:
     ) -> None:
         self._network = network.requires_grad_(True)
         self._device = network.mask_token.device
-        self._mean, self._std = mean.to(self._device), std.to(self._device)
+        self._normalised = _Normalisation(mean, std).to(self._device)
         self._loop = loop
         self._body = body.to(self._device)
         self._told: nn.Module = _Told(network, loop.precision)
@@ -121,7 +139,10 @@ class PredictorTask:
             {"params": [p for p in self._trained if p.ndim > 1]},
             {"params": [p for p in self._trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.modules: Mapping[str, nn.Module] = {"network": network}
+        self.modules: Mapping[str, nn.Module] = {
+            "network": network,
+            "normalisation": self._normalised,
+        }
         self.optimizers: Mapping[str, Optimizer] = {
             "network": AdamW(
                 groups, lr=loop.learning_rate, weight_decay=loop.weight_decay, betas=ADAM_BETAS
@@ -190,7 +211,11 @@ class PredictorTask:
         """See `loop.Task`."""
         network = copy.deepcopy(self._network)
         predictor = PosePredictor(
-            network, self._mean, self._std, device=self._device, weights_origin="trained"
+            network,
+            self._normalised.mean,
+            self._normalised.std,
+            device=self._device,
+            weights_origin="trained",
         )
         return save_pose_predictor(predictor, path)
 
@@ -220,9 +245,6 @@ class PredictorTask:
             update(optimizer, loss, (), 0.0)
         logger.info("single poses: loss %.4g after %d steps", loss.item(), num_steps)
 
-    def _normalised(self, pose: Tensor) -> Tensor:
-        return (pose - self._mean) / (self._std + STD_EPSILON)
-
     def _keypoints(self, vectors: F32) -> F64:
         """(N, 229) to (N, 44, 3) metres from the pelvis."""
         rotations = torch.from_numpy(vectors[:, :NUM_ROTATION_NUMBERS]).view(-1, 24, 3, 3)
@@ -242,17 +264,20 @@ def build_predictor_task(
     Raises:
         FileNotFoundError: a root holds no tables.
         MotionError: a folder has no motion capture, or a file of it cannot be used.
-        TrainingError: there are too few tracks.
+        TrainingError: there are too few tracks, or none long enough.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     body, seed = load_body(), config.loop.seed
-    tables = {
-        source.path: read_track_poses(source.path, min_rows=config.min_rows)
+    roots = {
+        normal_uri(source.path): source.path
         for source in (*config.sources, *config.held_out)
         if source.kind == "tables"
     }
-    split = roots_in_both(config)
+    tables = {
+        root: read_track_poses(path, min_rows=config.min_rows) for root, path in roots.items()
+    }
+    split = {normal_uri(path) for path in paths_in_both(config, "tables")}
 
     def made_here(source: SourceConfig, *use: int) -> SyntheticTracks:
         return SyntheticTracks(
@@ -263,14 +288,18 @@ def build_predictor_task(
             min_rows=config.min_rows,
         )
 
-    def of_root(root: str, *, held_out: bool) -> list[TrackPoses]:
+    def of_root(path: str, *, held_out: bool) -> list[TrackPoses]:
+        root = normal_uri(path)
         if root not in split:
             return tables[root]
-        tracks = [t for t in tables[root] if (t.video % HELD_OUT_STEP == 0) == held_out]
+        tracks = [track for track in tables[root] if is_held_out(track.video) == held_out]
         if not tracks:
+            num = len({track.video for track in tables[root]})
             raise TrainingError(
-                f"{root}: expected two videos or more, for one of them is held out, got one; "
-                "give another held_out="
+                f"{path}: expected videos to train on and others to hold out, one in "
+                f"{HELD_OUT_STEP} by the digest of its name; of {num} with tracks of "
+                f"{config.min_rows} rows or more {'none' if held_out else 'every one'} is held "
+                "out; give another held_out="
             )
         return tracks
 
@@ -327,15 +356,6 @@ def build_predictor_task(
         task.learn_single_poses(known, config.single_pose_steps)
         _let_poses_through(network)
     return task
-
-
-def roots_in_both(config: TrainPredictorConfig) -> set[str]:
-    """Output roots of which some videos are trained on and the others held out."""
-    trained, held_out = (
-        {source.path for source in sources if source.kind == "tables"}
-        for sources in (config.sources, config.held_out)
-    )
-    return trained & held_out
 
 
 def _statistics(tracks: Sequence[TrackPoses]) -> tuple[F32, F32]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from fourdh_batch.errors import CheckpointError
 from fourdh_batch.geometry import axis_angle_to_rotmat
@@ -70,9 +73,12 @@ def load_real_poses(path: str, *, seed: int) -> StoredPoses:
 
 def _read_npz(path: Path) -> tuple[F32, F32]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, NpzFile):
+            raise ValueError("a single array")
+        with stored:
             pose, betas = stored["body_pose"], stored["betas"][:, :NUM_BETAS]
-    except (ValueError, EOFError, KeyError, IndexError) as error:
+    except (ValueError, EOFError, KeyError, IndexError, BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path}: expected 'body_pose' and 'betas', got {error}") from error
     if pose.ndim != 2 or pose.shape[1] != NUM_POSE or betas.shape != (len(pose), NUM_BETAS):
         raise CheckpointError(

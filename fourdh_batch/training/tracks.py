@@ -8,6 +8,7 @@ amodal completion asks for; all but a few in a row, which is what the tracker as
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ HISTORY = 7  # poses that the tracker remembers
 MAX_STRETCH = 50  # frames; the tracker's `max_age`
 TEST_GAPS = (5, 10, 20)  # frames, of evaluation
 MIN_AROUND_GAP = 2  # rows on each side of a gap
+LONGEST_TEST = max(TEST_GAPS) + 2 * MIN_AROUND_GAP  # rows
+HELD_OUT_STEP = 10
 # Of people made here so many examples in a row share so many clips: making these takes about as
 # long as training on those.
 BLOCK_EXAMPLES, BLOCK_CLIPS = 2048, 32
@@ -50,14 +53,14 @@ class TrackPoses:
     """The detected rows of one track in one shot.
 
     Attributes:
-        video: number of its video.
+        video: dataset and id of its video.
         frame_index: (T,) increasing.
         pose: (T, 229) pose vectors, the truth.
         shown: (T, 229) what an estimator would say of them; of tables, which hold estimates, the
             same.
     """
 
-    video: int
+    video: tuple[str, str]
     frame_index: I64
     pose: F32
     shown: F32
@@ -131,16 +134,21 @@ def read_track_poses(root: str, *, min_rows: int) -> list[TrackPoses]:
     frames = rows["frame_index"].to_numpy(np.int64)
     keys = rows[["dataset", "video_id", "shot_id", "track_id"]]
     starts = np.flatnonzero((keys != keys.shift()).any(axis=1))
-    video = (keys[["dataset", "video_id"]] != keys[["dataset", "video_id"]].shift()).any(axis=1)
-    video_number = video.cumsum().to_numpy() - 1
+    video = list(zip(keys["dataset"], keys["video_id"], strict=True))
     tracks = [
-        TrackPoses(int(video_number[first]), frames[first:last], pose[first:last], pose[first:last])
+        TrackPoses(video[first], frames[first:last], pose[first:last], pose[first:last])
         for first, last in zip(starts, [*starts[1:], len(rows)], strict=True)
         if last - first >= min_rows
     ]
     if not tracks:
         raise TrainingError(f"{root}: expected tracks of {min_rows} rows or more, got none")
     return tracks
+
+
+def is_held_out(video: tuple[str, str]) -> bool:
+    """Whether a video (dataset, id) of a root that is in both lists is held out: about one in
+    `HELD_OUT_STEP`, whichever others there are."""
+    return zlib.crc32("\0".join(video).encode("utf-8", "surrogatepass")) % HELD_OUT_STEP == 0
 
 
 class TrackSource(Protocol):
@@ -238,7 +246,9 @@ class SyntheticTracks:
         )
         camera = phalp_camera(people.pred_cam, center, side, size_wh)
         pose = pose_vectors(people, camera)
-        return TrackPoses(clip, track.frame_index, pose, jittered(pose, self._jitter_deg, random))
+        return TrackPoses(
+            ("", str(clip)), track.frame_index, pose, jittered(pose, self._jitter_deg, random)
+        )
 
 
 def jittered(pose: F32, jitter_deg: float, random: np.random.Generator) -> F32:
@@ -314,33 +324,54 @@ class GapTracks:
     """Numbered examples for evaluation: gaps of `TEST_GAPS` frames, and the frame after a history.
 
     Args:
-        tracks: to draw from, each as often as any other.
+        tracks: to draw from, each as often as any other; those that are too short are left out.
         frame_length, seed: as of `MaskedTracks`.
+
+    Raises:
+        TrainingError: all are too short.
     """
 
     def __init__(self, tracks: Sequence[TrackPoses], *, frame_length: int, seed: int) -> None:
-        longest = max(TEST_GAPS) + 2 * MIN_AROUND_GAP
-        self._tracks = [t for t in tracks if len(t.pose) >= longest] or list(tracks)
         self._length = frame_length
         self._seed = seed
+        self._tracks = [t for t in tracks if len(self._starts(t, LONGEST_TEST))]
+        if not self._tracks:
+            most = max((int(self._num_rows(track).max()) for track in tracks), default=0)
+            raise TrainingError(
+                f"held out: expected a track with {LONGEST_TEST} rows within {frame_length} "
+                f"frames, as gaps of {max(TEST_GAPS)} need, the longest has {most}"
+            )
 
     def __getitem__(self, number: int) -> MaskedTrack:
         random = np.random.default_rng((self._seed, number))
         track = self._tracks[int(random.integers(len(self._tracks)))]
         gap = (0, *TEST_GAPS)[number % (1 + len(TEST_GAPS))]
-        used = HISTORY + 1 if gap == 0 else self._length
-        first = int(random.integers(max(len(track.pose) - used, 0) + 1))
+        starts = self._starts(track, LONGEST_TEST if gap else HISTORY + 1)
+        if gap:  # with all that can be seen around it
+            frame = track.frame_index
+            whole = starts[frame[starts] + self._length <= frame[-1] + 1]
+            starts = whole if len(whole) else starts[:1]
+        first = int(starts[random.integers(len(starts))])
         slot = track.frame_index[first:] - track.frame_index[first]
         slot = slot[slot < self._length]
         rows = np.arange(len(slot))
         if gap == 0:
             seen, wanted = rows < HISTORY, rows == HISTORY
         else:
-            room = max(len(slot) - gap - 2 * MIN_AROUND_GAP, 0)
+            room = len(slot) - gap - 2 * MIN_AROUND_GAP
             start = MIN_AROUND_GAP + int(random.integers(room + 1))
             wanted = (rows >= start) & (rows < start + gap)
             seen = ~wanted
         return _masked(track, first, slot, seen, wanted, self._length, gap=gap)
+
+    def _starts(self, track: TrackPoses, needed: int) -> I64:
+        """Rows from which on the slots show so many rows."""
+        return np.flatnonzero(self._num_rows(track) >= needed)
+
+    def _num_rows(self, track: TrackPoses) -> I64:
+        """(T,) rows that the slots from each row on show."""
+        frame = track.frame_index
+        return np.searchsorted(frame, frame + self._length) - np.arange(len(frame))
 
 
 def _history(random: np.random.Generator, slot: I64) -> tuple[Bool, Bool]:

@@ -3,19 +3,22 @@
   python -m tests.benchmark accuracy hmr=hmr2_mini.safetensors texture=texture.safetensors \\
       predictor=pose_predictor.safetensors detector=detector_folder motion=/data/amass output=/tmp/a
 
-Clips are made with seeds that no training uses (1000 and above), of every feature in turn. The
-main job (decoder, detector, HMR 2.0, texture maps, tracker, rows, publishing, in one process)
-writes tables, `evaluate` scores them. The tracker then follows the same detections again without
-one of its cues, and so does a tracker that knows boxes alone.
+Clips are of every feature in turn; trainings draw theirs with hashed seeds of 64 bits, never with
+the small ones of here. Of motion capture give recordings that nothing was trained on. The main
+job (decoder, detector, HMR 2.0, texture maps, tracker, rows, publishing, in one process) writes
+tables, `evaluate` scores them. The tracker then follows the same detections again without one of
+its cues, and so does a tracker that knows boxes alone.
 
 Words, each key=value:
-  hmr        weights; `mini`; or `truth` for the true body in every box (the default)
+  hmr        weights; `mini` (the default); or `truth` for the true body in every box, which says
+             what the tracker could do at best and nothing about bodies
   texture    weights of the texture encoder; without: looks do not count
   predictor  weights of the pose predictor; without: a pose stays as last seen
   detector   folder of a `transformers` detector or .onnx file; without: the true boxes made worse
              as a detector would (constants in accuracy_input.py)
   motion     folder of motion capture for a second set of clips; without: no second set
-  output     folder for tables, sheets and accuracy.json; without: ./accuracy_output
+  output     folder for tables, sheets and accuracy.json; without: ./accuracy_output. What an
+             earlier run left in its `procedural` and `mocap` is replaced
   clips, frames, height   how many, how long, how tall (14, 90, 288)
   seed       of the first set (1000); the second has the next one
 Words with a dot, such as tracker.gate=50, are settings of the job.
@@ -43,6 +46,7 @@ from fourdh_batch.evaluate.matching import Boxes, drop_hidden, match_boxes
 from fourdh_batch.evaluate.pose import mpjpe_mm, pa_mpjpe_mm
 from fourdh_batch.evaluate.report import Report, evaluate
 from fourdh_batch.evaluate.tracking import PROTOCOLS, TrackingScores, tracking_scores
+from fourdh_batch.models.minis import MINI
 from fourdh_batch.models.smpl import load_body
 from fourdh_batch.pipeline.engine import Engine, build_engine, model_card
 from fourdh_batch.pipeline.plan import Shard, Video
@@ -52,6 +56,7 @@ from fourdh_batch.storage import Store, fingerprint_file
 from fourdh_batch.synthetic.corpus import Clip
 from fourdh_batch.tables.reader import read_arrow, smpl_arrays
 from fourdh_batch.tables.writer import MemorySpool
+from fourdh_batch.training.hmr2 import mean_rotations
 from fourdh_batch.types import F32, FrameChunk
 from fourdh_batch.video.decode import read_frames
 from fourdh_batch.view.overlay import contact_sheet, draw_frame
@@ -65,7 +70,7 @@ from tests.benchmark.accuracy_trackers import (
 
 TRUTH = "truth"
 DEFAULTS = {
-    **{"hmr": TRUTH, "texture": "", "predictor": "", "detector": "", "motion": ""},
+    **{"hmr": MINI, "texture": "", "predictor": "", "detector": "", "motion": ""},
     **{"output": "accuracy_output", "clips": "14", "frames": "90", "height": "288", "seed": "1000"},
 }
 OVERLAP = "overlap alone"
@@ -75,7 +80,7 @@ MAX_SWITCHES = 0.5  # of those of overlap alone
 GAPS = (5, 10, 20)  # frames; the last class is open
 SHEET_FEATURES = ("crossing", "reentry", "long_occlusion", "crowd")
 SHEET_FRAMES = 12
-MIN_HELD_OUT_SEED = 1000
+MARKER = "made_by_accuracy_benchmark"  # file in a set's folder, which a later run may delete then
 
 Followed = dict[str, dict[str, Boxes]]
 """By tracker and video id."""
@@ -87,10 +92,10 @@ def run(words: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Measure, print tables, write accuracy.json; the main figures as of every benchmark."""
     own, settings = _own(words)
     output, seed = Path(own["output"]), int(own["seed"])
-    if seed < MIN_HELD_OUT_SEED:
-        raise ValueError(f"seed: expected {MIN_HELD_OUT_SEED} or more, others may be trained on")
-    output.mkdir(parents=True, exist_ok=True)
     sets = {"procedural": ""} | ({"mocap": own["motion"]} if own["motion"] else {})
+    for name in sets:
+        require_ours(output / name, own["motion"])
+    output.mkdir(parents=True, exist_ok=True)
     figures: list[dict[str, Any]] = []
     found: dict[str, Any] = {"words": list(words), "sets": {}}
     pd.set_option("display.width", 160, "display.max_columns", 30, "display.precision", 3)
@@ -99,7 +104,7 @@ def run(words: Sequence[str] = ()) -> list[dict[str, Any]]:
         measured = _Set(output / name, own, settings, seed + number, motion).measure()
         measured["seconds"] = time.perf_counter() - start
         found["sets"][name] = measured
-        figures += _figures(name, measured)
+        figures += _figures(name + _note(own), measured)
         print(f"\n{name}: {measured['seconds']:.0f} s", flush=True)
     if not own["motion"]:
         print("\nno second set: motion=FOLDER was not given")
@@ -111,12 +116,34 @@ def run(words: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 def _own(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The benchmark's own words, and settings of the job."""
+    if others := [word for word in words if "=" not in word]:
+        raise ValueError(f"expected key=value words, got {', '.join(others)}")
     pairs = dict(word.split("=", 1) for word in words)
     settings = [f"{key}={value}" for key, value in pairs.items() if "." in key]
     own = {key: value for key, value in pairs.items() if "." not in key}
     if unknown := sorted(set(own) - set(DEFAULTS)):
         raise ValueError(f"unknown words {unknown}; known: {', '.join(DEFAULTS)}")
     return DEFAULTS | own, settings
+
+
+def _note(own: dict[str, str]) -> str:
+    return " (true bodies)" if own["hmr"] == TRUTH else ""
+
+
+def require_ours(folder: Path, motion: str) -> None:
+    """Raises: ValueError: the folder of a set, which will be replaced, holds other things."""
+    if motion:
+        given, ours = Path(motion).resolve(), folder.resolve()
+        if given == ours or given in ours.parents or ours in given.parents:
+            raise ValueError(
+                f"motion={motion}: expected a folder apart from {folder}, which is written to; "
+                "give another output="
+            )
+    if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder}: expected an empty folder or one of an earlier run (with a file {MARKER}), "
+            f"got something else{f' beside motion={motion}' * bool(motion)}; give another output="
+        )
 
 
 class _Recording(Engine):
@@ -138,8 +165,12 @@ class _Set:
     ) -> None:
         torch.set_num_threads(1)
         self.folder, self.body = folder, load_body()
-        shutil.rmtree(folder, ignore_errors=True)
-        print(f"\n=== {folder.name}: {own['clips']} clips, seed {seed}", flush=True)
+        self.note = _note(own)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        (folder / MARKER).touch()
+        print(f"\n=== {folder.name}{self.note}: {own['clips']} clips, seed {seed}", flush=True)
         start = time.perf_counter()
         self.clips = held_out_corpus(
             folder / "corpus",
@@ -163,7 +194,7 @@ class _Set:
             [
                 f"input={folder / 'corpus'}",
                 f"output={folder / 'tables'}",
-                f"hmr.weights={'mini' if self.with_true_bodies else own['hmr']}",
+                f"hmr.weights={MINI if self.with_true_bodies else own['hmr']}",
                 "hmr.device=cpu",
                 f"detector.name={kind}",
                 f"detector.path={detector or given}",
@@ -193,7 +224,7 @@ class _Set:
             assert scores[ALL][protocol][ALL_CUES][1] == report.overall.tracking[protocol]
         gaps = self._gaps()
         mean_body = self._mean_body_mm()
-        _print(self.clips, report, scores, gaps, mean_body)
+        _print(self.clips, report, scores, gaps, mean_body, self.note)
         self._draw_sheets()
         return {
             "cues": cues,
@@ -368,12 +399,7 @@ class _Set:
     def _mean_body_mm(self) -> float:
         """PA-MPJPE that the mean pose and shape of these people would get: the bar for HMR."""
         arrays = smpl_arrays(self.truth.filter(pc.equal(self.truth["state"], "detected")))
-        u, _, vt = np.linalg.svd(
-            arrays["body_pose"].reshape(-1, 23, 3, 3).mean(0).astype(np.float64)
-        )
-        sign = np.ones((23, 3))
-        sign[:, 2] = np.linalg.det(u @ vt)
-        mean = torch.from_numpy((u * sign[:, None]) @ vt).float()
+        mean = mean_rotations(torch.from_numpy(arrays["body_pose"]).view(-1, 23, 3, 3))
         betas = torch.from_numpy(arrays["betas"].mean(0))
         with torch.inference_mode():
             points = self.body.keypoints_3d(torch.eye(3)[None, None], mean[None], betas[None])
@@ -414,9 +440,10 @@ def _print(
     scores: dict[str, Any],
     gaps: pd.DataFrame,
     mean_body: float,
+    note: str,
 ) -> None:
     pose = report.overall.pose
-    print("\nBodies of detected people")
+    print(f"\nBodies of detected people{note}")
     print(
         pd.Series(
             {
@@ -435,17 +462,17 @@ def _print(
     )
     for note in report.notes:
         print(note)
-    print("\nPoses of missed frames: MPJPE mm by length of the gap")
+    print(f"\nPoses of missed frames: MPJPE mm by length of the gap{note}")
     print(gaps.to_string(index=False))
     for group, of_group in scores.items():
         for protocol, of_protocol in of_group.items():
-            print(f"\nTrackers, {group}, protocol {protocol}")
+            print(f"\nTrackers, {group}, protocol {protocol}{note}")
             rows = {
                 name if name in (ALL_CUES, OVERLAP) else f"- {name}": _row(all_)
                 for name, (_, all_) in of_protocol.items()
             }
             print(_whole(pd.DataFrame(rows).T).to_string())
-    print("\nClips, protocol iou50; last: ID switches of the other trackers")
+    print(f"\nClips, protocol iou50; last: ID switches of the other trackers{note}")
     of_protocol = scores[ALL]["iou50"]
     lines = {}
     for clip in clips:

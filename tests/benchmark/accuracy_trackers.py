@@ -14,7 +14,7 @@ from fourdh_batch.geometry import box_iou
 from fourdh_batch.pipeline.following import TrackerModels
 from fourdh_batch.pipeline.records import ChunkResult
 from fourdh_batch.tracking.assign import Assignment
-from fourdh_batch.tracking.tracker import PhalpTracker, Prediction, TrackerSettings
+from fourdh_batch.tracking.tracker import PhalpTracker, Prediction
 from fourdh_batch.types import F32, F64, I64, FrameDetections
 
 ALL_CUES = "all cues"
@@ -56,9 +56,8 @@ class OneCueLessModels(TrackerModels):
 
     def new_tracker(self) -> PhalpTracker:
         """See `TrackerModels`."""
-        wanted = self._config.tracker
         tracker = OneCueLess(
-            TrackerSettings(gate=wanted.gate, n_init=wanted.n_init, max_age=wanted.max_age),
+            self._settings,
             pose_predictor=self.predictor,
             texture=None if self.without == "texture" else self._new_texture_term(),
         )

@@ -173,7 +173,7 @@ def test_the_published_recipe_is_a_possible_one() -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_two_workers_of_which_one_dies_give_what_two_give(tmp_path: Path) -> None:
     """By Ray Train: gradients are averaged, and a lost process is started again."""
-    publish_turning_people(tmp_path, tmp_path / "tables", {"a": 40, "b": 45})
+    publish_turning_people(tmp_path, tmp_path / "tables", {"a": 40, "e": 45})
     loop = LoopConfig(
         steps=4,
         batch_size=4,

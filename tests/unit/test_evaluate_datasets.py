@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,27 @@ def test_a_file_of_another_layout_is_said_clearly(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         load_people(published_npz(tmp_path / "a.npz", **changes))
+
+
+def test_nobody_is_no_error_of_shapes(tmp_path: Path) -> None:
+    empty = {"imgname": np.zeros(0, "U1"), "center": np.zeros((0, 2))}
+    empty |= {f"{part}_keypoints_{d}": None for part in ("body", "extra") for d in ("2d", "3d")}
+    for shape in ((0,), (0, 1), (0, 2)):
+        uri = published_npz(tmp_path / "a.npz", **empty, scale=np.zeros(shape))
+        assert len(load_people(uri)) == 0
+
+
+def test_a_damaged_member_is_said_clearly(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    center = RNG.normal(size=(200, 2))
+    np.savez_compressed(path, imgname=np.array(["a"] * 200), center=center, scale=np.ones(200))
+    with zipfile.ZipFile(path) as stored:
+        at = stored.getinfo("center.npy").header_offset
+    content = bytearray(path.read_bytes())
+    content[at + 100 : at + 400] = bytes(300)
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.npz: center: expected an array of numbers"):
+        load_people(str(path))
 
 
 def test_what_is_no_npz_is_said_clearly(tmp_path: Path) -> None:

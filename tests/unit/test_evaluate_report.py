@@ -16,6 +16,7 @@ from fourdh_batch.errors import ConfigError, SchemaError
 from fourdh_batch.evaluate.report import POSE_COLUMNS, evaluate
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.storage import Store
+from fourdh_batch.tables.schema import with_video_ids
 from tests.evaluation_files import people, write_root, write_truth
 
 pytest.importorskip("trackeval")
@@ -119,6 +120,31 @@ def test_a_run_that_found_nobody_is_a_result(tmp_path: Path) -> None:
     assert (report.status, report.overall.pose.matched) == ({"a.mp4": "ok"}, 0)
     assert report.overall.tracking["iou50"].misses == 16
     assert (report.overall.boxes.ap, report.overall.pose.mpjpe_mm) == (0, None)
+
+
+def test_what_is_found_where_nobody_is_is_wrong(tmp_path: Path) -> None:
+    root = write_root(
+        str(tmp_path / "root"),
+        {"a.mp4": people("a.mp4"), "a-empty.mp4": people("a-empty.mp4"), "still.mp4": None},
+    )
+    rows = with_video_ids(people("a.mp4"), ["a.mp4", "a-empty.mp4", "still.mp4"])
+    report = evaluate(root, write_truth(tmp_path / "t.parquet", rows))
+    assert (list(report.per_video), report.without_truth) == (
+        ["a-empty.mp4", "a.mp4", "still.mp4"],
+        [],
+    )
+    strict, phalp = (report.overall.tracking[name] for name in ("iou50", "phalp"))
+    assert (strict.matches, strict.misses, strict.false_positives, strict.mota) == (16, 0, 16, 0)
+    assert strict.idf1 == pytest.approx(2 / 3)
+    assert strict.hota == pytest.approx(0.5**0.5)
+    assert (phalp.false_positives, phalp.hota, phalp.mota) == (0, 1, 1)  # annotated frames only
+    assert report.per_video["a-empty.mp4"].tracking["iou50"].false_positives == 16
+    assert report.overall.boxes.ap < 1
+    assert report.overall.pose.matched == 1
+    told = pq.read_table(tmp_path / "t.parquet").replace_schema_metadata({"video_ids": "{}"})
+    pq.write_table(told, tmp_path / "t.parquet")
+    with pytest.raises(SchemaError, match="video_ids: expected a list of ids"):
+        evaluate(root, str(tmp_path / "t.parquet"))
 
 
 def test_ghosts_count_neither_as_tracks_nor_as_bodies_but_are_scored_apart(tmp_path: Path) -> None:

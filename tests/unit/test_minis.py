@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fourdh_batch.config import load_config
+from fourdh_batch.errors import ConfigError
 from fourdh_batch.models.appearance import load_texture_encoder
 from fourdh_batch.models.build import load_hmr2, weights_origin
 from fourdh_batch.models.minis import FOLDER, HMR2, MINI, TEXTURE, shipped
 from fourdh_batch.models.smpl import load_body
+from fourdh_batch.models.weights import check_weights
+from fourdh_batch.pipeline.engine import build_model
 
 MAX_BYTES = 30_000_000
 DIGESTS: dict[str, Callable[[], str]] = {
@@ -32,3 +39,29 @@ def test_they_are_trained_and_together_below_30_mb() -> None:
 
 def test_any_other_word_is_a_path() -> None:
     assert str(shipped("mini.safetensors", HMR2)) == "mini.safetensors"
+
+
+def test_their_parts_can_be_checked_by_name() -> None:
+    assert "mini: HMR 2.0 size mini, trained weights" in check_weights(MINI, part="hmr2")
+    assert "mini: texture encoder, trained weights" in check_weights(MINI, part="texture")
+    with pytest.raises(ConfigError, match="mini: expected the part hmr2 or texture, got None"):
+        check_weights(MINI)
+
+
+def test_another_body_than_they_know_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = tmp_path / "smpl.npz"
+    with np.load(FOLDER.parent / "open_body.npz") as stored:
+        np.savez(body, **{**stored, "body_name": "smpl"})
+    minis = ["hmr.weights=mini", "hmr.device=cpu", "tracker.texture_weights=mini"]
+    with caplog.at_level(logging.WARNING):
+        build_model(load_config(None, minis))
+        assert caplog.messages == []
+        build_model(load_config(None, [*minis, f"hmr.body={body}"]))
+        build_model(load_config(None, [*minis, "tracker.atlas=/atlas"]))
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        f"hmr.weights=mini with hmr.body={body}",
+        f"tracker.texture_weights=mini with hmr.body={body}",
+        "tracker.texture_weights=mini with tracker.atlas=/atlas",
+    ]

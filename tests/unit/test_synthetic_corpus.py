@@ -28,7 +28,7 @@ from fourdh_batch.synthetic.plans import (
 )
 from fourdh_batch.synthetic.rooms import random_room
 from fourdh_batch.synthetic.scene import Block, render
-from fourdh_batch.tables.schema import check_table
+from fourdh_batch.tables.schema import check_table, video_ids_of
 from fourdh_batch.types import U8
 from fourdh_batch.video.decode import read_frames
 
@@ -84,6 +84,8 @@ def test_every_clip_decodes_to_what_its_record_says(corpus: tuple[Path, list[Cli
 def test_nobody_is_in_the_empty_clip(corpus: tuple[Path, list[Clip]]) -> None:
     boxes, truth = tables(corpus[0])
     assert "empty.mp4" not in set(boxes["video_id"]) | set(truth["video_id"])
+    told = video_ids_of(pq.read_schema(corpus[0] / "truth.parquet"))
+    assert told == [clip.video_id for clip in corpus[1]]
     frames = decode(corpus[0] / "empty.mp4")
     assert np.abs(frames[0].astype(int) - frames[-1]).max() < 40  # a still picture, recompressed
 

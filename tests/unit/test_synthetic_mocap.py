@@ -301,6 +301,7 @@ def test_a_played_recording_stands_on_the_floor_where_it_should(
         ({"body_pose_axis_angle": np.zeros((FRAMES, 21, 3))}, r"\(T, 23, 3\)"),
         ({"poses": np.zeros((FRAMES, 63))}, r"72, 156 or 165"),
         ({"fps": np.array(["x"], dtype=object)}, "plain arrays"),
+        ({"global_orient_axis_angle": None, "body_pose_axis_angle": None}, "expected the key"),
     ],
 )
 def test_wrong_npz_files_are_refused(
@@ -339,6 +340,40 @@ def test_a_folder_is_read_in_order(tmp_path: Path, pose: F64) -> None:
         own_npz(tmp_path / name, pose[:4])
     (tmp_path / "notes.txt").write_text("x")
     assert [r.name for r in load_recordings(tmp_path)] == ["a.npz", "b.npz"]
+
+
+def test_an_amass_folder_is_read_with_its_subjects(
+    tmp_path: Path, pose: F64, caplog: pytest.LogCaptureFixture
+) -> None:
+    for subject in ("s2", "s1"):
+        (tmp_path / "CMU" / subject).mkdir(parents=True)
+        npz(tmp_path / "CMU" / subject / "shape.npz", betas=np.zeros(16))
+    with pytest.raises(MotionError, match=r"got none in .*s1/shape\.npz, .*s2/shape\.npz"):
+        load_recordings(tmp_path)
+    own_npz(tmp_path / "CMU" / "s2" / "walk.npz", pose[:4])
+    own_npz(tmp_path / "CMU" / "s1" / "run.NPZ.npz", pose[:4])
+    npz(tmp_path / "CMU" / "s1" / "neutral.npz", betas=np.zeros(16))
+    (tmp_path / "CMU" / "s1" / "up").symlink_to(tmp_path)
+    caplog.clear()
+    assert [r.name for r in load_recordings(tmp_path)] == ["run.NPZ.npz", "walk.npz"]
+    first, second = caplog.messages
+    assert first.endswith("s1: left out, no poses in neutral.npz, shape.npz")
+    assert second.endswith("s2: left out, no poses in shape.npz")
+
+
+def test_what_is_no_npz_is_said_clearly(tmp_path: Path) -> None:
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, np.zeros((3, 72)))
+    with pytest.raises(
+        MotionError, match=r"a\.npz: expected an \.npz of plain arrays, got a single"
+    ):
+        load_recording(tmp_path / "a.npz")
+    np.savez_compressed(tmp_path / "b.npz", poses=np.random.default_rng(0).normal(size=(9, 72)))
+    content = bytearray((tmp_path / "b.npz").read_bytes())
+    content[200:400] = bytes(200)
+    (tmp_path / "b.npz").write_bytes(content)
+    with pytest.raises(MotionError, match=r"b\.npz: expected an \.npz of plain arrays"):
+        load_recording(tmp_path / "b.npz")
 
 
 def test_limits_mirror_each_other_and_hold_rest() -> None:

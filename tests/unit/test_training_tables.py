@@ -10,21 +10,27 @@ import numpy as np
 import pytest
 import torch
 
-from fourdh_batch.config import LoopConfig, SourceConfig, TrainPredictorConfig, to_dict
-from fourdh_batch.errors import TrainingError
+from fourdh_batch.config import LoopConfig, SourceConfig, TrainPredictorConfig, load_config, to_dict
+from fourdh_batch.errors import CheckpointError, ConfigError, TrainingError
 from fourdh_batch.models.build_phalp import load_pose_predictor, untrained_pose_predictor
 from fourdh_batch.models.predictor import NUM_POSE_VECTOR, PredictorSize
+from fourdh_batch.storage import Store
+from fourdh_batch.training.checkpoint import load_checkpoint, save_checkpoint
 from fourdh_batch.training.loop import train
 from fourdh_batch.training.predictor import PredictorTask, _simple, build_predictor_task
 from fourdh_batch.training.real_poses import load_real_poses
+from fourdh_batch.training.sources import paths_in_both, warn_of_shared_recordings
 from fourdh_batch.training.table_people import TablePeople
 from fourdh_batch.training.tracks import (
     HISTORY,
+    MIN_AROUND_GAP,
     TEST_GAPS,
     GapTracks,
     ListedTracks,
     MaskedTracks,
+    TrackPoses,
     collate_tracks,
+    is_held_out,
     read_track_poses,
 )
 from tests.training_tables import BOX, HEIGHT, WIDTH, publish_turning_people
@@ -35,7 +41,7 @@ LENGTH = 50
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("run")
-    publish_turning_people(folder, folder / "tables", {"a": 40, "b": 45})
+    publish_turning_people(folder, folder / "tables", {"a": 40, "e": 45})
     return str(folder / "tables")
 
 
@@ -74,11 +80,26 @@ class TestPeople:
         np.testing.assert_allclose(pose[0], np.eye(3), atol=1e-6)
         assert not betas.any()
 
+    def test_an_array_under_the_name_of_an_npz_is_refused(self, tmp_path: Path) -> None:
+        with (tmp_path / "a.npz").open("wb") as file:
+            np.save(file, np.zeros((3, 72)))
+        with pytest.raises(CheckpointError, match=r"a\.npz: expected 'body_pose'.*a single array"):
+            load_real_poses(str(tmp_path / "a.npz"), seed=0)
+
+
+def part_of(track: TrackPoses, rows: Any) -> TrackPoses:
+    columns = (track.frame_index, track.pose, track.shown)
+    return TrackPoses(track.video, *(column[rows] for column in columns))
+
 
 class TestTracks:
     def test_every_track_of_every_shot(self, root: str) -> None:
         tracks = read_track_poses(root, min_rows=2)
-        assert [(t.video, len(t.pose)) for t in tracks] == [(0, 40), (0, 40), (1, 45), (1, 45)]
+        assert [(t.video, len(t.pose)) for t in tracks] == [
+            *((("ava", "a"), 40), (("ava", "a"), 40)),
+            *((("ava", "e"), 45), (("ava", "e"), 45)),
+        ]
+        assert [is_held_out(t.video) for t in tracks] == [False, False, True, True]
         np.testing.assert_array_equal(tracks[0].frame_index, np.arange(40))
         assert tracks[0].pose.shape == (40, NUM_POSE_VECTOR)
         with pytest.raises(TrainingError, match="tracks of 100 rows"):
@@ -118,6 +139,21 @@ class TestTracks:
             else:
                 assert example.is_seen.sum() == HISTORY
                 assert not example.is_seen[wanted[0] :].any()
+
+    def test_gaps_need_rows_enough_among_the_slots(self, root: str) -> None:
+        whole = read_track_poses(root, min_rows=2)[0]
+        needed = max(TEST_GAPS) + 2 * MIN_AROUND_GAP
+        short = part_of(whole, np.arange(needed - 1))
+        with pytest.raises(TrainingError, match=r"24 rows within 50 frames.*the longest has 23"):
+            GapTracks([short, short], frame_length=LENGTH, seed=0)
+        sparse = replace(whole, frame_index=2 * whole.frame_index)
+        with pytest.raises(TrainingError, match=r"24 rows within 40 frames.*the longest has 20"):
+            GapTracks([sparse], frame_length=40, seed=0)
+        late = replace(whole, frame_index=np.r_[0:12, 40 + 2 * np.arange(28)])
+        gaps = GapTracks([short, late], frame_length=LENGTH, seed=0)
+        for n in range(200):
+            assert gaps[n].is_wanted.sum() == max(int(gaps[n].gap), 1)
+            assert gaps[n].is_seen.sum() >= (2 * MIN_AROUND_GAP if gaps[n].gap else HISTORY)
 
     def test_interpolation_follows_a_steady_turn(self, root: str) -> None:
         example = GapTracks(read_track_poses(root, min_rows=2), frame_length=LENGTH, seed=0)[2]
@@ -209,9 +245,86 @@ class TestTask:
             losses.append(float(task.step(batch)["loss"]))
         assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:4])
 
-    def test_one_video_cannot_be_held_out(self, tmp_path: Path) -> None:
-        publish_turning_people(tmp_path, tmp_path / "tables", {"a": 30})
+    @pytest.mark.parametrize(("videos", "message"), [("a", "of 1 .*none"), ("e", "every one")])
+    def test_both_parts_of_a_root_need_videos(
+        self, tmp_path: Path, videos: str, message: str
+    ) -> None:
+        publish_turning_people(tmp_path, tmp_path / "tables", dict.fromkeys(videos, 30))
         both = [SourceConfig(kind="tables", path=str(tmp_path / "tables"))]
         config = replace(self.CONFIG, sources=both, held_out=both)
-        with pytest.raises(TrainingError, match="two videos or more"):
+        with pytest.raises(TrainingError, match=message):
             build_predictor_task(config, "cpu")
+
+    def test_a_root_is_one_however_it_is_spelled(
+        self, root: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reads: list[str] = []
+
+        def read(root: str, *, min_rows: int) -> list[TrackPoses]:
+            reads.append(root)
+            return read_track_poses(root, min_rows=min_rows)
+
+        monkeypatch.setattr("fourdh_batch.training.predictor.read_track_poses", read)
+        monkeypatch.chdir(Path(root).parent)
+        for path in (f"{root}/", "tables", "../" + "/".join(Path(root).parts[-2:])):
+            config = replace(
+                self.CONFIG,
+                single_pose_steps=0,
+                sources=[SourceConfig(kind="tables", path=root)],
+                held_out=[SourceConfig(kind="tables", path=path)],
+            )
+            assert paths_in_both(config, "tables") == [root]
+            reads.clear()
+            task = build_predictor_task(config, "cpu")
+            assert len(reads) == 1
+            assert {len(t.pose) for t in task.held_out["tables"]._tracks} == {45}  # type: ignore[attr-defined]
+
+    def test_a_training_that_goes_on_keeps_its_normalisation(
+        self, root: str, tmp_path: Path
+    ) -> None:
+        _, task = self.make(root)
+        _, later = self.make(root)
+        before = {name: value.clone() for name, value in state(task).items()}
+        store = Store(str(tmp_path))
+        optimizers = task.optimizers
+        save_checkpoint(
+            *(store, 1),
+            modules=task.modules,
+            optimizers=optimizers,
+            settings={},
+            metadata={},
+            keep=1,
+        )
+        for value in state(later).values():
+            value.mul_(3)
+        load_checkpoint(store, 1, modules=later.modules, optimizers=later.optimizers)
+        later.save(tmp_path / "weights.safetensors")
+        loaded = load_pose_predictor(tmp_path / "weights.safetensors")
+        for name, value in state(later).items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+        torch.testing.assert_close(loaded.mean.cpu(), before["mean"], rtol=0, atol=0)
+
+    def test_one_folder_of_motion_capture_for_both_is_warned_of(
+        self, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
+        sources = [SourceConfig(path=str(tmp_path)), SourceConfig()]
+        held_out = [SourceConfig(path=f"file://{tmp_path}/"), SourceConfig()]
+        warn_of_shared_recordings(replace(self.CONFIG, sources=sources, held_out=held_out[1:]))
+        assert caplog.messages == []
+        warn_of_shared_recordings(replace(self.CONFIG, sources=sources, held_out=held_out))
+        (message,) = caplog.messages
+        assert message.startswith(f"{tmp_path}: in sources= and in held_out=")
+
+
+def state(task: PredictorTask) -> dict[str, torch.Tensor]:
+    return task.modules["normalisation"].state_dict()
+
+
+def test_frame_lengths_that_cannot_be_evaluated_are_refused() -> None:
+    least = max(TEST_GAPS) + 2 * MIN_AROUND_GAP
+    stride = PredictorSize(dim=8, depth=1, num_heads=1, head_dim=8, mlp_dim=8).conv_stride
+    assert (least, stride) == (24, 5)  # what config.py has
+    assert load_config(None, ["frame_length=25"], TrainPredictorConfig).frame_length == 25
+    for length in (20, 27):
+        with pytest.raises(ConfigError, match="frame_length: expected a multiple of 5 above 24"):
+            load_config(None, [f"frame_length={length}"], TrainPredictorConfig)
