@@ -116,7 +116,7 @@ def test_the_loss_falls_and_the_result_finds_what_it_learned(segment: bool, tmp_
 
 
 class Knowing(nn.Module):
-    """Hands back the truth of the rectangles, and a box of nobody."""
+    """Hands back the truth of the rectangles, and a box of nobody; masks of a quarter the side."""
 
     def __init__(self, score: float) -> None:
         super().__init__()
@@ -126,7 +126,9 @@ class Knowing(nn.Module):
     def forward(self, pixel_values: Tensor) -> Any:
         boxes = torch.stack([torch.cat([e.boxes, torch.full((1, 4), 0.1)]) for e in RECTANGLES])
         logits = torch.tensor([[self._score], [-5.0]]).expand(len(boxes), 2, 1)
-        return SimpleNamespace(logits=logits, pred_boxes=boxes)
+        small = torch.stack([(e.owner[None, ::4, ::4] == 0).float() - 0.5 for e in RECTANGLES])
+        masks = torch.cat([small, -torch.ones(len(boxes), 1, 16, 16)], dim=1)
+        return SimpleNamespace(logits=logits, pred_boxes=boxes, pred_masks=masks)
 
 
 def test_figures_of_one_who_knows(body: SmplBody) -> None:
@@ -139,6 +141,21 @@ def test_figures_of_one_who_knows(body: SmplBody) -> None:
     assert unsure["ap"] == 1  # the order is right
     assert unsure["recall_half_visible"] == 0
     assert np.isnan(unsure["precision"])
+
+
+def test_masks_of_one_who_knows() -> None:
+    figures = task(True, Knowing(3.0)).evaluate([collate_frames(RECTANGLES)])
+    assert 0.8 < figures["mask_iou"] < 1  # told in blocks of 4 x 4 pixels
+    assert figures["recall_half_visible"] == 1
+
+
+def test_a_segmenter_that_finds_nobody_is_evaluated() -> None:
+    segmenter = task(True)
+    segmenter.modules["model"].eval()
+    with torch.inference_mode():
+        figures = segmenter.evaluate([collate_frames(RECTANGLES[:2])])
+    assert figures["recall_half_visible"] == 0
+    assert np.isnan(figures["mask_iou"])
 
 
 def test_people_who_are_mostly_hidden_need_not_be_found() -> None:
