@@ -18,7 +18,12 @@ from fourdh_batch.errors import CheckpointError, ConfigError, TrainingError
 from fourdh_batch.models.build import load_hmr2, untrained_hmr2
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.storage import Store
-from fourdh_batch.training.checkpoint import LATEST, latest_checkpoint
+from fourdh_batch.training.checkpoint import (
+    FOLDER,
+    LATEST,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from fourdh_batch.training.data import MixedExamples
 from fourdh_batch.training.examples import Person
 from fourdh_batch.training.hmr2 import HmrBatch, HmrTask
@@ -201,6 +206,23 @@ def test_a_damaged_checkpoint_stops_the_training(body: SmplBody, tmp_path: Path)
     (tmp_path / LATEST).write_text("{")
     with pytest.raises(CheckpointError, match="damaged record"):
         run(make_task(body), tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4, 5])
+def test_the_newest_checkpoints_are_kept(keep: int, tmp_path: Path) -> None:
+    module = torch.nn.Linear(1, 1)
+    for step in range(1, 9):
+        save_checkpoint(
+            Store(str(tmp_path)),
+            step,
+            modules={"module": module},
+            optimizers={"module": torch.optim.AdamW(module.parameters())},
+            settings={},
+            metadata={},
+            keep=keep,
+        )
+        kept = sorted(path.name for path in (tmp_path / FOLDER).glob("step-*"))
+        assert kept == [f"step-{n:08d}" for n in range(max(step - keep, 0) + 1, step + 1)]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
