@@ -26,6 +26,8 @@ from fourdh_batch.training.detector_data import (
     POOL_FRAMES,
     FrameExample,
     FrameExamples,
+    _cut,
+    _mirrored,
     collate_frames,
 )
 from fourdh_batch.training.loop import RECORD, train
@@ -203,6 +205,35 @@ def test_boxes_and_pixels_of_changed_frames_agree(source: FrameExamples) -> None
             assert abs(rows.float() + 0.5 - y).max() <= h / 2 + 2
         assert int(example.owner.max()) < len(example.boxes)
     assert num_people > 32
+
+
+@pytest.mark.parametrize(
+    ("window", "size_hw"),
+    [
+        pytest.param((0, 0, 48, 32), (32, 48), id="as it is"),
+        pytest.param((8, 4, 32, 24), (24, 32), id="cut"),
+        pytest.param((0, 0, 48, 32), (96, 144), id="three times as large"),
+        pytest.param((2, 5, 45, 27), (9, 15), id="a third"),
+    ],
+)
+def test_pixels_stand_in_the_middle_of_boxes_mirrored_or_not(
+    window: tuple[int, int, int, int], size_hw: tuple[int, int]
+) -> None:
+    """Exactly: a person whose pixels are those of the box, from pixel centre to pixel centre."""
+    rgb = torch.zeros(32, 48, 3, dtype=torch.uint8)
+    owner = torch.full((32, 48), -1, dtype=torch.int16)
+    owner[8:20, 12:31] = 0
+    rgb[owner == 0] = 200
+    box = torch.tensor([[12.0, 8.0, 30.0, 19.0]])
+    plain = _cut(rgb, box, torch.ones(1), owner, window, size_hw)
+    scale = torch.tensor([size_hw[1], size_hw[0]])
+    for example in (plain, _mirrored(plain)):
+        rows, columns = torch.nonzero(example.owner == 0, as_tuple=True)
+        middle = torch.stack([columns, rows]).double().mean(dim=1) + 0.5
+        assert torch.allclose(middle, (example.boxes[0, :2] * scale).double(), atol=1e-5)
+    mirrored = _mirrored(plain)
+    assert torch.equal(mirrored.rgb.flip(2), plain.rgb)
+    assert torch.allclose(mirrored.boxes[0, 0] + plain.boxes[0, 0], torch.ones(1))
 
 
 def test_impossible_settings_are_told() -> None:
