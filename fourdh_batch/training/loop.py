@@ -79,7 +79,8 @@ class Task(Protocol):
         """One update of every optimiser; figures by name.
 
         Raises:
-            TrainingError: a loss is not finite; nothing was updated.
+            TrainingError: a loss or the norm of its gradient is not finite; what has it was not
+                updated.
         """
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -107,7 +108,7 @@ def train(
     Raises:
         ConfigError: the output holds a training with other settings, or TensorBoard is missing.
         CheckpointError: the checkpoint is damaged.
-        TrainingError: a loss is not finite.
+        TrainingError: a loss or the norm of a gradient is not finite.
     """
     store = Store(output)
     rank, world = _rank_and_world()
@@ -156,9 +157,8 @@ class _Keeper:
         self._num_steps += 1
         if done % config.log_every == 0 or is_last:
             self._log(done, rate)
-        if done % config.evaluate_every == 0 or is_last:
-            self.evaluate(done)
-        if done % config.checkpoint_every == 0 or is_last:
+        is_kept = done % config.checkpoint_every == 0 or is_last
+        if is_kept:  # before an evaluation, which may fail
             save_checkpoint(
                 self._store,
                 done,
@@ -168,6 +168,9 @@ class _Keeper:
                 metadata=self._task.metadata,
                 keep=config.keep_checkpoints,
             )
+        if done % config.evaluate_every == 0 or is_last:
+            self.evaluate(done)
+        if is_kept:
             self._curve.publish()
 
     def evaluate(self, done: int) -> None:
@@ -233,12 +236,17 @@ def update(
     """One update; gives back the norm of the gradient before it was shortened.
 
     Raises:
-        TrainingError: the loss is not finite; nothing was updated.
+        TrainingError: the loss or the norm is not finite; nothing was updated.
     """
     require_finite(loss)
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    if not torch.isfinite(norm):
+        raise TrainingError(
+            f"expected a gradient of finite norm, got {float(norm)} under a loss of "
+            f"{float(loss.detach()):.4g}; is the learning rate too high?"
+        )
     optimizer.step()
     return norm
 
