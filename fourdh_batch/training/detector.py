@@ -31,6 +31,7 @@ from fourdh_batch.models.detector_transformers import (
     untrained_detector,
 )
 from fourdh_batch.models.smpl import load_body
+from fourdh_batch.synthetic.mocap import load_recordings
 from fourdh_batch.training.detector_data import (
     FrameBatch,
     FrameExample,
@@ -190,8 +191,10 @@ def build_detector_task(
 
     Raises:
         ConfigError: transformers is not installed.
-        FileNotFoundError: there is no motion capture where it should be.
+        FileNotFoundError: the folder of motion capture is not there.
+        MotionError: it holds none, or a file of it cannot be used.
     """
+    recordings = load_recordings(config.motion) if config.motion else []
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     size = DetectorSize(
@@ -209,7 +212,7 @@ def build_detector_task(
     def frames(use: int, reuse: int) -> FrameExamples:
         return FrameExamples(
             body,
-            config.motion,
+            recordings,
             seed=seed_of(config.loop.seed, use),
             size_hw=(config.height, config.width),
             reuse=reuse,

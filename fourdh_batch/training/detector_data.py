@@ -18,7 +18,7 @@ from torch import Tensor
 from fourdh_batch.models.smpl import SmplBody
 from fourdh_batch.synthetic.corpus import MIN_VISIBLE_FRACTION
 from fourdh_batch.synthetic.frames import BLOCK, FrameStudio, LabelledFrames
-from fourdh_batch.synthetic.mocap import load_recordings
+from fourdh_batch.synthetic.mocap import Recording
 
 FRAME_SCALE = 1.2  # of rendered frames to the network's input, so that cuts are seldom enlarged
 POOL_FRAMES = 512  # in memory; rendered, used in any order, and dropped
@@ -65,7 +65,7 @@ class FrameExamples:
 
     Args:
         body: of the people, on the CPU.
-        motion: folder of motion capture; empty: the package's own motions alone.
+        recordings: motion capture; none: the package's own motions alone.
         seed: of people and changes.
         size_hw: of the examples.
         reuse: times that a frame is used; 0: once and unchanged, to evaluate on.
@@ -74,7 +74,7 @@ class FrameExamples:
     def __init__(
         self,
         body: SmplBody,
-        motion: str,
+        recordings: Sequence[Recording],
         *,
         seed: int,
         size_hw: tuple[int, int],
@@ -83,7 +83,7 @@ class FrameExamples:
         num_outfits: int,
     ) -> None:
         self._body = body
-        self._motion = motion
+        self._recordings = recordings
         self._seed = seed
         self._size_hw = size_hw
         self._reuse = reuse
@@ -138,7 +138,7 @@ class FrameExamples:
                 self._body,
                 seed=self._seed,
                 image_size_wh=(width, height),
-                recordings=load_recordings(self._motion) if self._motion else (),
+                recordings=self._recordings,
                 num_places=self._num_places,
                 num_outfits=self._num_outfits,
             )

@@ -147,6 +147,27 @@ def test_wrong_settings_are_told(
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train_hmr2", ["size=tiny", "held_out=[{{path: {}}}]", "loop.data_workers=2"]),
+        ("train_predictor", ["sources=[{{path: {}}}]"]),
+        ("train_detector", ["motion={}", "loop.data_workers=2", "reuse=1"]),
+    ],
+)
+def test_motion_capture_that_is_not_there_is_told_before_any_training(
+    name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "motion"
+    words = [f"output={tmp_path / 'out'}", *(word.format(folder) for word in words)]
+    assert job(name)(words) == 2
+    assert capsys.readouterr().err == f"error: {folder}: No such file or directory\n"
+    folder.mkdir()
+    assert job(name)(words) == 1
+    assert capsys.readouterr().err == f"error: {folder}: expected .npz or .bvh files, got none\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "name", ["train_hmr2", "train_predictor", "train_appearance", "train_detector"]
 )
 def test_help_has_examples_and_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def body() -> SmplBody:
 
 def examples(body: SmplBody, reuse: int) -> FrameExamples:
     return FrameExamples(
-        body, "", seed=1, size_hw=(64, 64), reuse=reuse, num_places=1, num_outfits=4
+        body, (), seed=1, size_hw=(64, 64), reuse=reuse, num_places=1, num_outfits=4
     )
 
 
