@@ -74,6 +74,14 @@ RECTANGLES = [
 ]
 
 
+NOBODY = FrameExample(
+    torch.full((3, 64, 64), 90, dtype=torch.uint8),
+    torch.zeros(0, 4),
+    torch.zeros(0),
+    torch.full((64, 64), -1, dtype=torch.int16),
+)
+
+
 def task(segment: bool, model: nn.Module | None = None) -> DetectorTask:
     return DetectorTask(
         model or untrained_detector(SIZE, segment=segment, seed=2),
@@ -242,6 +250,51 @@ def test_impossible_settings_are_told() -> None:
         load_config(None, words, TrainDetectorConfig)
     for word in ("height", "backbone_widths", "levels", "reuse", "dim"):
         assert f"{word}: expected" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "num_places"),
+    [
+        (["levels=1"], 4),
+        (["levels=3"], 4 + 16 + 64),
+        (["segment=true", "levels=1"], 16),
+    ],
+)
+def test_queries_are_no_more_than_places(words: list[str], num_places: int) -> None:
+    words = ["height=64", "width=64", *words]
+    message = f"num_queries: expected at most {num_places}, the places of the feature maps"
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [*words, f"num_queries={num_places + 1}"], TrainDetectorConfig)
+    config = load_config(None, [*words, f"num_queries={num_places}"], TrainDetectorConfig)
+
+    def scores(num_queries: int) -> Tensor:
+        size = replace(SIZE, levels=config.levels, num_queries=num_queries)
+        model: Any = untrained_detector(size, segment=config.segment, seed=2).eval()
+        with torch.inference_mode():
+            logits: Tensor = model(pixel_values=torch.zeros(1, 3, 64, 64)).logits
+        return logits
+
+    assert scores(num_places).shape == (1, num_places, 1)
+    with pytest.raises(RuntimeError, match="out of range"):
+        scores(num_places + 1)
+
+
+@pytest.mark.parametrize(
+    ("segment", "head"),
+    [(False, "model.decoder.class_embed.0.weight"), (True, "model.class_embed.weight")],
+)
+def test_a_batch_that_shows_nobody_is_learnt_from(segment: bool, head: str) -> None:
+    torch.manual_seed(0)
+    trained = task(segment)
+    weight = trained.modules["model"].get_parameter(head)
+    before = weight.clone()
+    figures = trained.step(collate_frames([NOBODY] * 2))
+    assert all(torch.isfinite(value) for value in figures.values())
+    assert figures["loss"] > 0  # of the classes
+    assert figures["loss_bbox"] == figures["loss_giou"] == 0
+    if segment:
+        assert figures["loss_mask_ce"] == figures["loss_mask_dice"] == 0
+    assert not torch.equal(before, weight)
 
 
 @pytest.mark.slow
