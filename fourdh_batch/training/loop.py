@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,20 +113,31 @@ def train(
     """
     store = Store(output)
     rank, world = _rank_and_world()
+    with cpu_threads(config):
+        start = _resume(task, config, store, settings)
+        if world > 1:
+            task.distribute()
+        batches = _batches(task, config, range(start, config.steps), rank, world)
+        if rank == 0:
+            with Curve(output, first_step=start + 1) as curve:
+                figures = _run(
+                    task, config, start, batches, _Keeper(task, config, store, curve, settings)
+                )
+                _publish(task, config, store, settings, figures)
+            return figures
+        return _run(task, config, start, batches, None)
+
+
+@contextmanager
+def cpu_threads(config: LoopConfig) -> Iterator[None]:
+    """PyTorch with the threads asked for; last bits depend on them, of first weights, too."""
+    before = torch.get_num_threads()
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    start = _resume(task, config, store, settings)
-    if world > 1:
-        task.distribute()
-    batches = _batches(task, config, range(start, config.steps), rank, world)
-    if rank == 0:
-        with Curve(output, first_step=start + 1) as curve:
-            figures = _run(
-                task, config, start, batches, _Keeper(task, config, store, curve, settings)
-            )
-            _publish(task, config, store, settings, figures)
-        return figures
-    return _run(task, config, start, batches, None)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Keeper:
@@ -307,7 +319,7 @@ def _publish(
     settings: Mapping[str, Any],
     figures: Mapping[str, float],
 ) -> None:
-    """The weights, then the record of how they came about."""
+    """The weights, then the record of how they came about; figures of nobody are null there."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / task.weights_name
         digest = task.save(path)
@@ -318,11 +330,13 @@ def _publish(
         "weights": task.weights_name,
         "digest": digest,
         "steps": config.steps,
-        "held_out": dict(figures),
+        "held_out": {
+            name: value if math.isfinite(value) else None for name, value in figures.items()
+        },
         "torch": torch.__version__,
         "settings": settings,
     }
-    store.write_bytes(RECORD, json.dumps(record, indent=1).encode())
+    store.write_bytes(RECORD, json.dumps(record, indent=1, allow_nan=False).encode())
 
 
 class _Numbers:

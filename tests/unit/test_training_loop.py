@@ -78,8 +78,11 @@ class Task(HmrTask):
 
     die_at = 0
     fails_to_evaluate = False
+    finds_nobody = False
 
     def evaluate(self, batches: Iterable[HmrBatch]) -> dict[str, float]:
+        if self.finds_nobody:
+            return {"precision": math.nan, "recall": 0.0}
         if self.fails_to_evaluate:
             raise TrainingError("nobody is held out")
         return super().evaluate(batches)
@@ -213,6 +216,17 @@ def test_a_damaged_checkpoint_stops_the_training(body: SmplBody, tmp_path: Path)
     (tmp_path / LATEST).write_text("{")
     with pytest.raises(CheckpointError, match="damaged record"):
         run(make_task(body), tmp_path)
+
+
+def test_figures_of_nobody_are_null_in_the_record(body: SmplBody, tmp_path: Path) -> None:
+    task = make_task(body)
+    task.finds_nobody = True
+    num_threads = torch.get_num_threads()
+    run(task, tmp_path, replace(LOOP, steps=1, cpu_threads=num_threads + 1))
+    record = (tmp_path / RECORD).read_text()
+    assert json.loads(record)["held_out"] == {"precision": None, "recall": 0}
+    assert "NaN" not in record
+    assert torch.get_num_threads() == num_threads  # only the training had others
 
 
 @pytest.mark.parametrize("evaluate_every", [2, 100])
