@@ -688,12 +688,12 @@ def training_main(
 
         record = json.loads(Store(config.output).read_bytes(RECORD))
         if "--json" in words:
-            typer.echo(json.dumps(record))
+            typer.echo(json.dumps(record, allow_nan=False))
         else:
             weights = f"{config.output.rstrip('/')}/{record['weights']}"
             typer.echo(f"{weights} after {record['steps']} steps; held out:")
             for name, value in record["held_out"].items():
-                typer.echo(f"  {name:32} {value:.4g}")
+                typer.echo(f"  {name:32} {'-' if value is None else f'{value:.4g}'}")
         return DONE
 
     signal.signal(signal.SIGTERM, _stop)

@@ -883,6 +883,9 @@ def _appearance_checks(config: TrainAppearanceConfig) -> list[_Check]:
 def _detector_checks(config: TrainDetectorConfig) -> list[_Check]:
     sizes = ("num_queries", "decoder_layers", "reuse", "num_places", "num_outfits")
     widths, levels = config.backbone_widths, config.levels
+    # Queries are chosen from the places of these feature maps; see models/detector_transformers.py.
+    strides = [16] if config.segment else [32 // 2**level for level in range(levels)]
+    num_places = sum((config.height // s) * (config.width // s) for s in strides if s)
     return [
         *((name, getattr(config, name) >= 1, "1 or more", getattr(config, name)) for name in sizes),
         ("held_out_examples", config.held_out_examples >= 1, "1 or more", config.held_out_examples),
@@ -898,6 +901,12 @@ def _detector_checks(config: TrainDetectorConfig) -> list[_Check]:
             widths,
         ),
         ("levels", 1 <= levels <= 3, "1 to 3", levels),
+        (
+            "num_queries",
+            config.num_queries <= num_places,
+            f"at most {num_places}, the places of the feature maps (height, width, levels)",
+            config.num_queries,
+        ),
         (
             "reuse",
             config.reuse == 1 or config.loop.data_workers <= 1,

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -202,7 +202,7 @@ class Preparation:
 
 
 def corners_px(box_cxcywh: Tensor, image_size_wh: tuple[int, int]) -> Tensor:
-    """(N, 4) centre and size as parts of the frame to corners in pixels."""
+    """(N, 4) centre and size as parts of the frame to corners in pixels from its edges."""
     center, half = box_cxcywh[:, :2], box_cxcywh[:, 2:] / 2
     scale = torch.tensor([*image_size_wh, *image_size_wh], device=box_cxcywh.device)
     return torch.cat([center - half, center + half], dim=1) * scale
@@ -276,8 +276,18 @@ def detection_losses(
         labels: of every frame `class_labels` (N,), `boxes` (N, 4) centre and size as parts of the
             frame; for a segmenter `masks` (N, H, W) float.
     """
-    outputs = model(pixel_values=pixels, labels=list(labels))
-    return {"loss": outputs.loss, **outputs.loss_dict}
+    outputs: Any = model(pixel_values=pixels, labels=list(labels))
+    if outputs.loss.numel() == 1:
+        return {"loss": outputs.loss, **outputs.loss_dict}
+    # Where a batch shows nobody the losses of masks are empty, not 0, and so is the library's sum.
+    losses = {name: value.sum() for name, value in outputs.loss_dict.items()}
+    class_weight = cast(Any, model).config.class_loss_coefficient
+    loss = sum(  # the other losses are 0, whatever their weights
+        value * (class_weight if name.startswith("loss_ce") else 1)
+        for name, value in losses.items()
+        if name.startswith("loss_")
+    )
+    return {"loss": loss, **losses}
 
 
 def normalised(rgb: Tensor) -> Tensor:

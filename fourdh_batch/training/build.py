@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zipfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from fourdh_batch.models.hmr2 import Hmr2
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.models.smpl_head import NUM_CAM_NUMBERS, NUM_POSE_NUMBERS
 from fourdh_batch.synthetic.crops import fit_weak_camera
+from fourdh_batch.synthetic.mocap import Recording, load_recordings
 from fourdh_batch.training.data import MixedExamples, PeopleSource
 from fourdh_batch.training.examples import collate
 from fourdh_batch.training.hmr2 import HmrTask, mean_rotations
@@ -49,12 +50,14 @@ def build_hmr_task(config: TrainHmrConfig, device: str | torch.device = "auto") 
     Raises:
         CheckpointError: a file of weights, a body or poses does not fit.
         FileNotFoundError: a source is not there.
+        MotionError: a folder has no motion capture, or a file of it cannot be used.
         TrainingError: a source has nobody to train on.
     """
     seed = config.loop.seed
     body = load_body(config.body or None, extra_regressor=config.extra_regressor or None)
     histogram = load_pose_histogram(config.pose_histogram) if config.pose_histogram else None
-    sources = partial(_examples, body=body, histogram=histogram, seed=seed)
+    recordings = cache(load_recordings)  # here, once: not at the first picture, in every worker
+    sources = partial(_examples, body=body, recordings=recordings, histogram=histogram, seed=seed)
     training = sources(config.sources, use=_TRAINING, config=config)
     held_out = {
         source.name or source.kind: sources([source], use=_HELD_OUT, config=config)
@@ -134,12 +137,15 @@ def _examples(
     use: int,
     config: TrainHmrConfig,
     body: SmplBody,
+    recordings: Callable[[str], Sequence[Recording]],
     histogram: PoseHistogram | None,
     seed: int,
 ) -> MixedExamples:
     crop_px = CROP_PX // HMR2_SIZES[config.size].shrink
     open_source: dict[str, Callable[[str, int], PeopleSource]] = {
-        "synthetic": lambda path, own: SyntheticPeople(body, path, seed=own, crop_px=crop_px),
+        "synthetic": lambda path, own: SyntheticPeople(
+            body, recordings(path) if path else (), seed=own, crop_px=crop_px
+        ),
         "tables": lambda path, own: TablePeople(path, seed=own),
         "tars": lambda path, own: TarPeople(path, seed=own, histogram=histogram),
     }

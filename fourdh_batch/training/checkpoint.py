@@ -68,7 +68,7 @@ def save_checkpoint(
     store.write_bytes(LATEST, json.dumps(record, indent=1).encode())
     stored = {key.split("/")[1] for key, _ in store.list(FOLDER) if key != LATEST}
     older = sorted(name for name in stored if name < prefix.split("/")[1])
-    for name in older[: len(older) - (keep - 1)]:
+    for name in older[: max(len(older) - (keep - 1), 0)]:
         store.delete_tree(f"{FOLDER}/{name}")
 
 

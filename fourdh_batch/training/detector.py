@@ -8,7 +8,6 @@ cut at the picture's border), and for a segmenter the pixels in which each is se
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from fourdh_batch.models.detector_transformers import (
     untrained_detector,
 )
 from fourdh_batch.models.smpl import load_body
+from fourdh_batch.synthetic.mocap import load_recordings
 from fourdh_batch.training.detector_data import (
     FrameBatch,
     FrameExample,
@@ -44,9 +44,6 @@ from fourdh_batch.types import F64, Bool
 WEIGHTS_NAME = "detector"  # a folder
 SCORE = 0.5  # from which recall and precision count a box
 HALF_VISIBLE = 0.5  # people of whom less is seen need not be found, for recall
-
-
-LAST_LAYER = re.compile(r"loss(_(?!enc)[a-z]+)*")  # of losses; others end in a number
 
 
 class _Losses(nn.Module):
@@ -153,10 +150,12 @@ class DetectorTask:
                 num_recalled += int((~hidden[hits]).sum())
                 ious.append(hit_iou)
                 if self._segment:
+                    owner = batch.owner[i]
                     logits = outputs.pred_masks[i].float().cpu()[torch.from_numpy(sure)]
-                    scaled = F.interpolate(logits[None], batch.owner[i].shape, mode="bilinear")[0]
-                    own = batch.owner[i][None] == torch.from_numpy(hits)[:, None, None]
-                    mask_ious.append(_mask_iou((scaled[row] > 0).numpy(), own.numpy()))
+                    # Queries as a batch, which may be empty; nobody is found in some pictures.
+                    masks = F.interpolate(logits[row][:, None], owner.shape, mode="bilinear")[:, 0]
+                    own = owner[None] == torch.tensor(hits)[:, None, None]
+                    mask_ious.append(_mask_iou((masks > 0).numpy(), own.numpy()))
         precision = average_precision(matches)
         figures = {
             "ap": precision.ap,
@@ -192,8 +191,10 @@ def build_detector_task(
 
     Raises:
         ConfigError: transformers is not installed.
-        FileNotFoundError: there is no motion capture where it should be.
+        FileNotFoundError: the folder of motion capture is not there.
+        MotionError: it holds none, or a file of it cannot be used.
     """
+    recordings = load_recordings(config.motion) if config.motion else []
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     size = DetectorSize(
@@ -211,7 +212,7 @@ def build_detector_task(
     def frames(use: int, reuse: int) -> FrameExamples:
         return FrameExamples(
             body,
-            config.motion,
+            recordings,
             seed=seed_of(config.loop.seed, use),
             size_hw=(config.height, config.width),
             reuse=reuse,

@@ -18,7 +18,7 @@ from torch import Tensor
 from fourdh_batch.models.smpl import SmplBody
 from fourdh_batch.synthetic.corpus import MIN_VISIBLE_FRACTION
 from fourdh_batch.synthetic.frames import BLOCK, FrameStudio, LabelledFrames
-from fourdh_batch.synthetic.mocap import load_recordings
+from fourdh_batch.synthetic.mocap import Recording
 
 FRAME_SCALE = 1.2  # of rendered frames to the network's input, so that cuts are seldom enlarged
 POOL_FRAMES = 512  # in memory; rendered, used in any order, and dropped
@@ -33,7 +33,8 @@ class FrameExample(NamedTuple):
 
     Attributes:
         rgb: (3, H, W) uint8.
-        boxes: (N, 4) float32 centre and size as parts of the picture.
+        boxes: (N, 4) float32 centre and size as parts of the picture, whose outer edges are 0 and
+            1: what published detectors are trained on (COCO), and what `1 - x` mirrors.
         visible_fraction: (N,) float32.
         owner: (H, W) int16, row among the N; -1: nobody of these.
     """
@@ -64,7 +65,7 @@ class FrameExamples:
 
     Args:
         body: of the people, on the CPU.
-        motion: folder of motion capture; empty: the package's own motions alone.
+        recordings: motion capture; none: the package's own motions alone.
         seed: of people and changes.
         size_hw: of the examples.
         reuse: times that a frame is used; 0: once and unchanged, to evaluate on.
@@ -73,7 +74,7 @@ class FrameExamples:
     def __init__(
         self,
         body: SmplBody,
-        motion: str,
+        recordings: Sequence[Recording],
         *,
         seed: int,
         size_hw: tuple[int, int],
@@ -82,7 +83,7 @@ class FrameExamples:
         num_outfits: int,
     ) -> None:
         self._body = body
-        self._motion = motion
+        self._recordings = recordings
         self._seed = seed
         self._size_hw = size_hw
         self._reuse = reuse
@@ -137,7 +138,7 @@ class FrameExamples:
                 self._body,
                 seed=self._seed,
                 image_size_wh=(width, height),
-                recordings=load_recordings(self._motion) if self._motion else (),
+                recordings=self._recordings,
                 num_places=self._num_places,
                 num_outfits=self._num_outfits,
             )
@@ -165,7 +166,17 @@ def _cut(
     window: tuple[int, int, int, int],
     size_hw: tuple[int, int],
 ) -> FrameExample:
-    """A part of a frame, scaled, with the people of whom enough is left."""
+    """A part of a frame, scaled, with the people of whom enough is left.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        box_xyxy: (N, 4) px, integers are pixel centres; cut at the centres of the border's pixels,
+            as a corpus has it.
+        visible: (N,) fraction.
+        owner: (H, W) row among the N; -1: nobody.
+        window: left, top, width and height in whole pixels.
+        size_hw: of the example.
+    """
     left, top, width, height = window
     inner = owner[top : top + height, left : left + width]
     before = torch.bincount(owner[owner >= 0].long(), minlength=len(visible))
@@ -176,12 +187,12 @@ def _cut(
     box = torch.minimum((box_xyxy - corner).clamp(min=0), size - 1)
     sides = box[:, 2:] - box[:, :2]
     keep = (visible >= MIN_VISIBLE_FRACTION) & (sides >= LEAST_BOX_PX).all(dim=1)
-    box, sides = (box / size)[keep], (sides / size[:2])[keep]
+    box, sides = ((box + 0.5) / size)[keep], (sides / size[:2])[keep]  # from edge to edge
     row = torch.full((len(visible) + 1,), -1, dtype=torch.int16)  # the last one is nobody's
     row[:-1][keep] = torch.arange(int(keep.sum()), dtype=torch.int16)
     part = rgb[top : top + height, left : left + width].permute(2, 0, 1)[None].float()
     scaled = F.interpolate(part, size_hw, mode="bilinear", antialias=True)
-    where = F.interpolate(row[inner.long()][None, None].float(), size_hw, mode="nearest")
+    where = F.interpolate(row[inner.long()][None, None].float(), size_hw, mode="nearest-exact")
     return FrameExample(
         rgb=scaled[0].round().clamp(0, 255).byte(),
         boxes=torch.cat([box[:, :2] + sides / 2, sides], dim=1),

@@ -17,8 +17,8 @@ import torch
 
 from fourdh_batch import logs
 from fourdh_batch.config import LoopConfig
-from fourdh_batch.errors import TrainingError
-from fourdh_batch.training.loop import Task, train
+from fourdh_batch.errors import ConfigError, TrainingError
+from fourdh_batch.training.loop import Task, cpu_threads, train
 
 Build = Callable[[str | torch.device], Task]
 NAME = "fourdh-training"
@@ -41,11 +41,13 @@ def train_everywhere(
         log_format: of the workers.
 
     Raises:
+        ConfigError: `loop.device` is a GPU that is not there.
         TrainingError: workers were lost too often, or failed.
         Others: as `loop.train` and `build`.
     """
     if loop.workers == 1:
-        train(build(loop.device), loop, output, settings)
+        _require_gpu(loop, torch.cuda.device_count(), 1)
+        _build_and_train(build, loop.device, loop, output, settings)
         return
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -66,6 +68,7 @@ def train_everywhere(
         with tempfile.TemporaryDirectory() as scratch:
             wants_gpu = loop.device != "cpu"
             num_gpus = float(ray.cluster_resources().get("GPU", 0))
+            _require_gpu(loop, num_gpus, loop.workers)
             trainer = TorchTrainer(
                 _in_worker,
                 train_loop_config={
@@ -102,4 +105,27 @@ def _in_worker(context: dict[str, Any]) -> None:
     logs.set_up(context["log_format"])
     loop: LoopConfig = context["loop"]
     device = loop.device if loop.device == "cpu" else get_device()
-    train(context["build"](device), loop, context["output"], context["settings"])
+    _build_and_train(context["build"], device, loop, context["output"], context["settings"])
+
+
+def _build_and_train(
+    build: Build,
+    device: str | torch.device,
+    loop: LoopConfig,
+    output: str,
+    settings: Mapping[str, Any],
+) -> None:
+    with cpu_threads(loop):
+        task = build(device)
+    train(task, loop, output, settings)
+
+
+def _require_gpu(loop: LoopConfig, num_gpus: float, num_wanted: int) -> None:
+    """Raises: ConfigError: `loop.device` names a GPU, and there are too few."""
+    name, _, index = loop.device.partition(":")
+    num_wanted = max(num_wanted, int(index or 0) + 1)
+    if name == "cuda" and num_gpus < num_wanted:
+        raise ConfigError(
+            f"loop.device: expected {num_wanted} CUDA GPU{'s' * (num_wanted > 1)} for "
+            f"{loop.device!r}, got {num_gpus:g}; auto takes the CPU where there is none"
+        )

@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,7 +80,8 @@ class Task(Protocol):
         """One update of every optimiser; figures by name.
 
         Raises:
-            TrainingError: a loss is not finite; nothing was updated.
+            TrainingError: a loss or the norm of its gradient is not finite; what has it was not
+                updated.
         """
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -107,24 +109,35 @@ def train(
     Raises:
         ConfigError: the output holds a training with other settings, or TensorBoard is missing.
         CheckpointError: the checkpoint is damaged.
-        TrainingError: a loss is not finite.
+        TrainingError: a loss or the norm of a gradient is not finite.
     """
     store = Store(output)
     rank, world = _rank_and_world()
+    with cpu_threads(config):
+        start = _resume(task, config, store, settings)
+        if world > 1:
+            task.distribute()
+        batches = _batches(task, config, range(start, config.steps), rank, world)
+        if rank == 0:
+            with Curve(output, first_step=start + 1) as curve:
+                figures = _run(
+                    task, config, start, batches, _Keeper(task, config, store, curve, settings)
+                )
+                _publish(task, config, store, settings, figures)
+            return figures
+        return _run(task, config, start, batches, None)
+
+
+@contextmanager
+def cpu_threads(config: LoopConfig) -> Iterator[None]:
+    """PyTorch with the threads asked for; last bits depend on them, of first weights, too."""
+    before = torch.get_num_threads()
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    start = _resume(task, config, store, settings)
-    if world > 1:
-        task.distribute()
-    batches = _batches(task, config, range(start, config.steps), rank, world)
-    if rank == 0:
-        with Curve(output, first_step=start + 1) as curve:
-            figures = _run(
-                task, config, start, batches, _Keeper(task, config, store, curve, settings)
-            )
-            _publish(task, config, store, settings, figures)
-        return figures
-    return _run(task, config, start, batches, None)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Keeper:
@@ -156,9 +169,8 @@ class _Keeper:
         self._num_steps += 1
         if done % config.log_every == 0 or is_last:
             self._log(done, rate)
-        if done % config.evaluate_every == 0 or is_last:
-            self.evaluate(done)
-        if done % config.checkpoint_every == 0 or is_last:
+        is_kept = done % config.checkpoint_every == 0 or is_last
+        if is_kept:  # before an evaluation, which may fail
             save_checkpoint(
                 self._store,
                 done,
@@ -168,6 +180,9 @@ class _Keeper:
                 metadata=self._task.metadata,
                 keep=config.keep_checkpoints,
             )
+        if done % config.evaluate_every == 0 or is_last:
+            self.evaluate(done)
+        if is_kept:
             self._curve.publish()
 
     def evaluate(self, done: int) -> None:
@@ -233,12 +248,17 @@ def update(
     """One update; gives back the norm of the gradient before it was shortened.
 
     Raises:
-        TrainingError: the loss is not finite; nothing was updated.
+        TrainingError: the loss or the norm is not finite; nothing was updated.
     """
     require_finite(loss)
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    if not torch.isfinite(norm):
+        raise TrainingError(
+            f"expected a gradient of finite norm, got {float(norm)} under a loss of "
+            f"{float(loss.detach()):.4g}; is the learning rate too high?"
+        )
     optimizer.step()
     return norm
 
@@ -299,7 +319,7 @@ def _publish(
     settings: Mapping[str, Any],
     figures: Mapping[str, float],
 ) -> None:
-    """The weights, then the record of how they came about."""
+    """The weights, then the record of how they came about; figures of nobody are null there."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / task.weights_name
         digest = task.save(path)
@@ -310,11 +330,13 @@ def _publish(
         "weights": task.weights_name,
         "digest": digest,
         "steps": config.steps,
-        "held_out": dict(figures),
+        "held_out": {
+            name: value if math.isfinite(value) else None for name, value in figures.items()
+        },
         "torch": torch.__version__,
         "settings": settings,
     }
-    store.write_bytes(RECORD, json.dumps(record, indent=1).encode())
+    store.write_bytes(RECORD, json.dumps(record, indent=1, allow_nan=False).encode())
 
 
 class _Numbers:

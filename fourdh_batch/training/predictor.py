@@ -227,8 +227,9 @@ class PredictorTask:
             for column in zip(*((track.pose, track.shown) for track in tracks), strict=True)
         )
         parts = (network.pose_shape_encoder, network.smpl_head, network.loca_head)
+        trained = [parameter for part in parts for parameter in part.parameters()]
         optimizer = AdamW(
-            [parameter for part in parts for parameter in part.parameters()],
+            trained,
             lr=SINGLE_POSE_RATE,
             weight_decay=0.0,
             betas=ADAM_BETAS,
@@ -242,7 +243,7 @@ class PredictorTask:
             told = network.read_out(network.pose_shape_encoder(self._normalised(shown[rows])))
             pose_loss, location_loss = _losses(told, pose[rows])
             loss = pose_loss + location_loss
-            update(optimizer, loss, (), 0.0)
+            update(optimizer, loss, trained, 0.0)
         logger.info("single poses: loss %.4g after %d steps", loss.item(), num_steps)
 
     def _keypoints(self, vectors: F32) -> F64:

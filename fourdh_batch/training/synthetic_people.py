@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fourdh_batch.models.smpl import SmplBody
 from fourdh_batch.synthetic.crops import BLOCK, Crops, CropStudio
-from fourdh_batch.synthetic.mocap import load_recordings
+from fourdh_batch.synthetic.mocap import Recording
 from fourdh_batch.training.examples import Person
 
 BLOCKS_IN_MEMORY = 4
@@ -23,14 +24,16 @@ class SyntheticPeople:
 
     Args:
         body: of the people, on the CPU.
-        path: folder of motion capture; empty: the package's own motions alone.
+        recordings: motion capture; none: the package's own motions alone.
         seed: of the people.
         crop_px: side of the pictures.
     """
 
-    def __init__(self, body: SmplBody, path: str, *, seed: int, crop_px: int) -> None:
+    def __init__(
+        self, body: SmplBody, recordings: Sequence[Recording], *, seed: int, crop_px: int
+    ) -> None:
         self._body = body
-        self._path = path
+        self._recordings = recordings
         self._seed = seed
         self._crop_px = crop_px
         self._studio: CropStudio | None = None
@@ -52,7 +55,7 @@ class SyntheticPeople:
                 self._body,
                 seed=self._seed,
                 size_hw=(self._crop_px, self._crop_px * 3 // 4 + EXTRA_COLUMNS),
-                recordings=load_recordings(self._path) if self._path else (),
+                recordings=self._recordings,
                 recorded_share=RECORDED_SHARE,
                 num_places=NUM_PLACES,
                 num_outfits=NUM_OUTFITS,

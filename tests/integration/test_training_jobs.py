@@ -15,7 +15,15 @@ import pytest
 import torch
 import torch.distributed
 
-from fourdh_batch.config import LoopConfig, SourceConfig, TrainPredictorConfig, to_dict
+from fourdh_batch.cli import training_main
+from fourdh_batch.config import (
+    LoopConfig,
+    SourceConfig,
+    TrainDetectorConfig,
+    TrainPredictorConfig,
+    to_dict,
+)
+from fourdh_batch.errors import TrainingError
 from fourdh_batch.models.appearance import load_texture_encoder
 from fourdh_batch.models.build import load_hmr2
 from fourdh_batch.models.build_phalp import load_pose_predictor
@@ -137,6 +145,7 @@ def test_a_detector_is_trained_and_loads(
         ("train_appearance", [], "output: give output="),
         ("train_detector", [], "output: give output="),
         ("train_detector", ["output=x", "width=100"], "a multiple of 32"),
+        ("train_detector", ["output=x", "loop.device=cuda:99"], "loop.device: expected 100 CUDA"),
     ],
 )
 def test_wrong_settings_are_told(
@@ -144,6 +153,63 @@ def test_wrong_settings_are_told(
 ) -> None:
     assert job(name)(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_figure_of_nobody_is_told_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"weights": "detector", "steps": 2, "held_out": {"ap": 0.5, "precision": None}}
+
+    def main(*words: str) -> int:
+        return training_main(
+            REPO / "jobs" / "train_detector.yaml",
+            [f"output={tmp_path}", *words],
+            description="",
+            kind=TrainDetectorConfig,
+            run=lambda config: (tmp_path / RECORD).write_text(json.dumps(record)),
+        )
+
+    assert main() == 0
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split() for line in told] == [["ap", "0.5"], ["precision", "-"]]
+    assert main("--json") == 0
+    assert json.loads(capsys.readouterr().out) == record
+
+
+def test_a_task_is_built_with_the_threads_of_the_training(tmp_path: Path) -> None:
+    seen = []
+
+    def build(device: str | torch.device) -> Task:
+        seen.append((device, torch.get_num_threads()))
+        raise TrainingError("no task")
+
+    before = torch.get_num_threads()
+    loop = LoopConfig(device="cpu", cpu_threads=before + 1)
+    with pytest.raises(TrainingError, match="no task"):
+        train_everywhere(build, loop, str(tmp_path), {})
+    assert seen == [("cpu", before + 1)]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train_hmr2", ["size=tiny", "held_out=[{{path: {}}}]", "loop.data_workers=2"]),
+        ("train_predictor", ["sources=[{{path: {}}}]"]),
+        ("train_detector", ["motion={}", "loop.data_workers=2", "reuse=1"]),
+    ],
+)
+def test_motion_capture_that_is_not_there_is_told_before_any_training(
+    name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "motion"
+    words = [f"output={tmp_path / 'out'}", *(word.format(folder) for word in words)]
+    assert job(name)(words) == 2
+    assert capsys.readouterr().err == f"error: {folder}: No such file or directory\n"
+    folder.mkdir()
+    assert job(name)(words) == 1
+    assert capsys.readouterr().err == f"error: {folder}: expected .npz or .bvh files, got none\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

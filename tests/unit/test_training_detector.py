@@ -26,6 +26,8 @@ from fourdh_batch.training.detector_data import (
     POOL_FRAMES,
     FrameExample,
     FrameExamples,
+    _cut,
+    _mirrored,
     collate_frames,
 )
 from fourdh_batch.training.loop import RECORD, train
@@ -47,7 +49,7 @@ def body() -> SmplBody:
 
 def examples(body: SmplBody, reuse: int) -> FrameExamples:
     return FrameExamples(
-        body, "", seed=1, size_hw=(64, 64), reuse=reuse, num_places=1, num_outfits=4
+        body, (), seed=1, size_hw=(64, 64), reuse=reuse, num_places=1, num_outfits=4
     )
 
 
@@ -70,6 +72,14 @@ RECTANGLES = [
     *(person(8, 10, 24, 50), person(36, 6, 60, 40), person(20, 30, 34, 62)),
     person(2, 2, 20, 30),
 ]
+
+
+NOBODY = FrameExample(
+    torch.full((3, 64, 64), 90, dtype=torch.uint8),
+    torch.zeros(0, 4),
+    torch.zeros(0),
+    torch.full((64, 64), -1, dtype=torch.int16),
+)
 
 
 def task(segment: bool, model: nn.Module | None = None) -> DetectorTask:
@@ -116,7 +126,7 @@ def test_the_loss_falls_and_the_result_finds_what_it_learned(segment: bool, tmp_
 
 
 class Knowing(nn.Module):
-    """Hands back the truth of the rectangles, and a box of nobody."""
+    """Hands back the truth of the rectangles, and a box of nobody; masks of a quarter the side."""
 
     def __init__(self, score: float) -> None:
         super().__init__()
@@ -126,7 +136,9 @@ class Knowing(nn.Module):
     def forward(self, pixel_values: Tensor) -> Any:
         boxes = torch.stack([torch.cat([e.boxes, torch.full((1, 4), 0.1)]) for e in RECTANGLES])
         logits = torch.tensor([[self._score], [-5.0]]).expand(len(boxes), 2, 1)
-        return SimpleNamespace(logits=logits, pred_boxes=boxes)
+        small = torch.stack([(e.owner[None, ::4, ::4] == 0).float() - 0.5 for e in RECTANGLES])
+        masks = torch.cat([small, -torch.ones(len(boxes), 1, 16, 16)], dim=1)
+        return SimpleNamespace(logits=logits, pred_boxes=boxes, pred_masks=masks)
 
 
 def test_figures_of_one_who_knows(body: SmplBody) -> None:
@@ -139,6 +151,21 @@ def test_figures_of_one_who_knows(body: SmplBody) -> None:
     assert unsure["ap"] == 1  # the order is right
     assert unsure["recall_half_visible"] == 0
     assert np.isnan(unsure["precision"])
+
+
+def test_masks_of_one_who_knows() -> None:
+    figures = task(True, Knowing(3.0)).evaluate([collate_frames(RECTANGLES)])
+    assert 0.8 < figures["mask_iou"] < 1  # told in blocks of 4 x 4 pixels
+    assert figures["recall_half_visible"] == 1
+
+
+def test_a_segmenter_that_finds_nobody_is_evaluated() -> None:
+    segmenter = task(True)
+    segmenter.modules["model"].eval()
+    with torch.inference_mode():
+        figures = segmenter.evaluate([collate_frames(RECTANGLES[:2])])
+    assert figures["recall_half_visible"] == 0
+    assert np.isnan(figures["mask_iou"])
 
 
 def test_people_who_are_mostly_hidden_need_not_be_found() -> None:
@@ -188,12 +215,86 @@ def test_boxes_and_pixels_of_changed_frames_agree(source: FrameExamples) -> None
     assert num_people > 32
 
 
+@pytest.mark.parametrize(
+    ("window", "size_hw"),
+    [
+        pytest.param((0, 0, 48, 32), (32, 48), id="as it is"),
+        pytest.param((8, 4, 32, 24), (24, 32), id="cut"),
+        pytest.param((0, 0, 48, 32), (96, 144), id="three times as large"),
+        pytest.param((2, 5, 45, 27), (9, 15), id="a third"),
+    ],
+)
+def test_pixels_stand_in_the_middle_of_boxes_mirrored_or_not(
+    window: tuple[int, int, int, int], size_hw: tuple[int, int]
+) -> None:
+    """Exactly: a person whose pixels are those of the box, from pixel centre to pixel centre."""
+    rgb = torch.zeros(32, 48, 3, dtype=torch.uint8)
+    owner = torch.full((32, 48), -1, dtype=torch.int16)
+    owner[8:20, 12:31] = 0
+    rgb[owner == 0] = 200
+    box = torch.tensor([[12.0, 8.0, 30.0, 19.0]])
+    plain = _cut(rgb, box, torch.ones(1), owner, window, size_hw)
+    scale = torch.tensor([size_hw[1], size_hw[0]])
+    for example in (plain, _mirrored(plain)):
+        rows, columns = torch.nonzero(example.owner == 0, as_tuple=True)
+        middle = torch.stack([columns, rows]).double().mean(dim=1) + 0.5
+        assert torch.allclose(middle, (example.boxes[0, :2] * scale).double(), atol=1e-5)
+    mirrored = _mirrored(plain)
+    assert torch.equal(mirrored.rgb.flip(2), plain.rgb)
+    assert torch.allclose(mirrored.boxes[0, 0] + plain.boxes[0, 0], torch.ones(1))
+
+
 def test_impossible_settings_are_told() -> None:
     words = ["height=100", "backbone_widths=[8,8]", "levels=4", "loop.data_workers=2", "dim=40"]
     with pytest.raises(ConfigError) as error:
         load_config(None, words, TrainDetectorConfig)
     for word in ("height", "backbone_widths", "levels", "reuse", "dim"):
         assert f"{word}: expected" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "num_places"),
+    [
+        (["levels=1"], 4),
+        (["levels=3"], 4 + 16 + 64),
+        (["segment=true", "levels=1"], 16),
+    ],
+)
+def test_queries_are_no_more_than_places(words: list[str], num_places: int) -> None:
+    words = ["height=64", "width=64", *words]
+    message = f"num_queries: expected at most {num_places}, the places of the feature maps"
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [*words, f"num_queries={num_places + 1}"], TrainDetectorConfig)
+    config = load_config(None, [*words, f"num_queries={num_places}"], TrainDetectorConfig)
+
+    def scores(num_queries: int) -> Tensor:
+        size = replace(SIZE, levels=config.levels, num_queries=num_queries)
+        model: Any = untrained_detector(size, segment=config.segment, seed=2).eval()
+        with torch.inference_mode():
+            logits: Tensor = model(pixel_values=torch.zeros(1, 3, 64, 64)).logits
+        return logits
+
+    assert scores(num_places).shape == (1, num_places, 1)
+    with pytest.raises(RuntimeError, match="out of range"):
+        scores(num_places + 1)
+
+
+@pytest.mark.parametrize(
+    ("segment", "head"),
+    [(False, "model.decoder.class_embed.0.weight"), (True, "model.class_embed.weight")],
+)
+def test_a_batch_that_shows_nobody_is_learnt_from(segment: bool, head: str) -> None:
+    torch.manual_seed(0)
+    trained = task(segment)
+    weight = trained.modules["model"].get_parameter(head)
+    before = weight.clone()
+    figures = trained.step(collate_frames([NOBODY] * 2))
+    assert all(torch.isfinite(value) for value in figures.values())
+    assert figures["loss"] > 0  # of the classes
+    assert figures["loss_bbox"] == figures["loss_giou"] == 0
+    if segment:
+        assert figures["loss_mask_ce"] == figures["loss_mask_dice"] == 0
+    assert not torch.equal(before, weight)
 
 
 @pytest.mark.slow

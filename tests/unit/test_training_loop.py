@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from fourdh_batch.errors import CheckpointError, ConfigError, TrainingError
 from fourdh_batch.models.build import load_hmr2, untrained_hmr2
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.storage import Store
-from fourdh_batch.training.checkpoint import LATEST, latest_checkpoint
+from fourdh_batch.training.checkpoint import (
+    FOLDER,
+    LATEST,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from fourdh_batch.training.data import MixedExamples
 from fourdh_batch.training.examples import Person
 from fourdh_batch.training.hmr2 import HmrBatch, HmrTask
-from fourdh_batch.training.loop import RECORD, learning_rate, seed_of, train
+from fourdh_batch.training.loop import RECORD, learning_rate, seed_of, train, update
 from fourdh_batch.training.real_poses import StoredPoses
 
 pytest.importorskip("tensorboard", reason="training logs need the extra 'train'")
@@ -71,6 +77,15 @@ class Task(HmrTask):
     """Remembers its losses, and dies when told."""
 
     die_at = 0
+    fails_to_evaluate = False
+    finds_nobody = False
+
+    def evaluate(self, batches: Iterable[HmrBatch]) -> dict[str, float]:
+        if self.finds_nobody:
+            return {"precision": math.nan, "recall": 0.0}
+        if self.fails_to_evaluate:
+            raise TrainingError("nobody is held out")
+        return super().evaluate(batches)
 
     def step(self, batch: HmrBatch) -> dict[str, Tensor]:
         self.losses: list[float] = getattr(self, "losses", [])
@@ -203,6 +218,50 @@ def test_a_damaged_checkpoint_stops_the_training(body: SmplBody, tmp_path: Path)
         run(make_task(body), tmp_path)
 
 
+def test_figures_of_nobody_are_null_in_the_record(body: SmplBody, tmp_path: Path) -> None:
+    task = make_task(body)
+    task.finds_nobody = True
+    num_threads = torch.get_num_threads()
+    run(task, tmp_path, replace(LOOP, steps=1, cpu_threads=num_threads + 1))
+    record = (tmp_path / RECORD).read_text()
+    assert json.loads(record)["held_out"] == {"precision": None, "recall": 0}
+    assert "NaN" not in record
+    assert torch.get_num_threads() == num_threads  # only the training had others
+
+
+@pytest.mark.parametrize("evaluate_every", [2, 100])
+def test_an_evaluation_that_fails_loses_no_steps(
+    evaluate_every: int, body: SmplBody, tmp_path: Path
+) -> None:
+    loop = replace(LOOP, steps=2, evaluate_every=evaluate_every)
+    task = make_task(body)
+    task.fails_to_evaluate = True
+    with pytest.raises(TrainingError, match="nobody is held out"):
+        run(task, tmp_path, loop)
+    again = make_task(body)
+    figures = run(again, tmp_path, loop)  # of the last step, which was not evaluated
+    assert not hasattr(again, "losses")
+    assert json.loads((tmp_path / RECORD).read_text())["held_out"] == figures
+    assert set(curve(tmp_path, "held_out/pa_mpjpe_mm")) == {2}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4, 5])
+def test_the_newest_checkpoints_are_kept(keep: int, tmp_path: Path) -> None:
+    module = torch.nn.Linear(1, 1)
+    for step in range(1, 9):
+        save_checkpoint(
+            Store(str(tmp_path)),
+            step,
+            modules={"module": module},
+            optimizers={"module": torch.optim.AdamW(module.parameters())},
+            settings={},
+            metadata={},
+            keep=keep,
+        )
+        kept = sorted(path.name for path in (tmp_path / FOLDER).glob("step-*"))
+        assert kept == [f"step-{n:08d}" for n in range(max(step - keep, 0) + 1, step + 1)]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     body: SmplBody, tmp_path: Path
 ) -> None:
@@ -213,6 +272,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     with pytest.raises(TrainingError, match="step 1: expected a finite loss, got nan"):
         run(task, tmp_path)
     assert torch.equal(task._model.backbone.pos_embed, before)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weights() -> None:
+    weight = torch.nn.Parameter(torch.tensor([0.0, 2.0]))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    for clip_norm in (0.0, 1.0):
+        loss = weight.sqrt().sum()  # finite; infinitely steep at 0
+        with pytest.raises(TrainingError, match="expected a gradient of finite norm, got inf"):
+            update(optimizer, loss, [weight], clip_norm)
+        assert weight.tolist() == [0, 2]
+    assert not optimizer.state
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

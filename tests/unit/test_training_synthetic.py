@@ -10,9 +10,9 @@ from fourdh_batch.training.synthetic_people import SyntheticPeople
 
 def test_rendered_people_follow_from_their_number_and_show_where_they_are() -> None:
     body = load_body()
-    source = SyntheticPeople(body, "", seed=3, crop_px=256)
+    source = SyntheticPeople(body, (), seed=3, crop_px=256)
     people = {n: source.person(n) for n in (9, 0, 3)}
-    again = SyntheticPeople(body, "", seed=3, crop_px=256).person(9)
+    again = SyntheticPeople(body, (), seed=3, crop_px=256).person(9)
     np.testing.assert_array_equal(people[9].image, again.image)
     np.testing.assert_array_equal(people[9].keypoints_2d, again.keypoints_2d)
     margin = (256 - IMAGE_HW[1]) // 2
