@@ -121,8 +121,8 @@ class TrackerConfig:
             do not count.
         atlas: folder of `bmap_256.npy` and `fmap_256.npy`; empty: the body's own atlas.
         predictor_weights: the pose predictor, `.safetensors` of `fourdh weights import`, or
-            `pose_predictor.pth` with its `.yaml` and `mean_std.npy` beside it; empty: a pose
-            stays as last seen.
+            `pose_predictor.pth` with its `.yaml` and `mean_std.npy` beside it; `mini` for the one
+            of this package; empty: a pose stays as last seen.
         compat: number and predict exactly as the published tracker (docs/PHALP.md, section 15).
         store_appearance: keep pose, shape, camera and a compact vector of the looks of every
             reconstructed box in `detections`, so that `jobs/track.py` can track again.

@@ -30,6 +30,7 @@ from fourdh_batch.models.checkpoint import (
     tensors_digest,
     write_safetensors,
 )
+from fourdh_batch.models.minis import PREDICTOR, shipped
 from fourdh_batch.models.predictor import (
     NUM_POSE_VECTOR,
     PosePredictor,
@@ -80,7 +81,7 @@ def load_pose_predictor(path: str | Path, *, device: str | torch.device = "cpu")
         path: ``.safetensors`` of `import_pose_predictor` or `save_pose_predictor`, or the
             published ``.pth``. A file of the same name with the ending ``.yaml`` must lie beside
             that, and ``mean_std.npy`` beside it or in the folder ``3D`` beside its folder, which
-            is where the published code keeps it.
+            is where the published code keeps it. The word `mini`: see `minis`.
         device: where it runs.
 
     Returns:
@@ -91,7 +92,7 @@ def load_pose_predictor(path: str | Path, *, device: str | torch.device = "cpu")
         CheckpointError: a file is missing, damaged, refers to code, or the parts do not fit each
             other; the message lists what was expected and what came.
     """
-    path = Path(path)
+    path = shipped(path, PREDICTOR)
     if path.suffix == ".safetensors":
         size, tensors, metadata = _read_ours(path)
     else:

@@ -12,6 +12,7 @@ MINI = "mini"
 FOLDER = Path(__file__).resolve().parents[1] / "assets" / "mini"
 HMR2 = "hmr2.safetensors"
 TEXTURE = "appearance.safetensors"
+PREDICTOR = "pose_predictor.safetensors"
 
 
 def shipped(path: str | Path, name: str) -> Path:

@@ -98,8 +98,8 @@ def check_weights(path: str | Path, *, part: str | None = None) -> str:
         ConfigError: there is no such part, or several.
         CheckpointError: a file is missing, damaged, refers to code, or does not fit.
     """
-    if str(path) == MINI and part not in (HMR2, TEXTURE):
-        raise ConfigError(f"{path}: expected the part {HMR2} or {TEXTURE}, got {part}")
+    if str(path) == MINI and part is None:
+        raise ConfigError(f"{path}: expected one of the parts {PARTS}, got none")
     part = _checked(part) or part_of(path)
     if part == HMR2:
         return build.check_checkpoint(path)

@@ -13,7 +13,8 @@ from fourdh_batch.config import load_config
 from fourdh_batch.errors import ConfigError
 from fourdh_batch.models.appearance import load_texture_encoder
 from fourdh_batch.models.build import load_hmr2, weights_origin
-from fourdh_batch.models.minis import FOLDER, HMR2, MINI, TEXTURE, shipped
+from fourdh_batch.models.build_phalp import load_pose_predictor
+from fourdh_batch.models.minis import FOLDER, HMR2, MINI, PREDICTOR, TEXTURE, shipped
 from fourdh_batch.models.smpl import load_body
 from fourdh_batch.models.weights import check_weights
 from fourdh_batch.pipeline.engine import build_model
@@ -22,6 +23,7 @@ MAX_BYTES = 30_000_000
 DIGESTS: dict[str, Callable[[], str]] = {
     HMR2: lambda: load_hmr2(MINI, load_body(), device="cpu").weights_digest,
     TEXTURE: lambda: load_texture_encoder(MINI).weights_digest,
+    PREDICTOR: lambda: load_pose_predictor(MINI).weights_digest,
 }
 
 
@@ -44,7 +46,8 @@ def test_any_other_word_is_a_path() -> None:
 def test_their_parts_can_be_checked_by_name() -> None:
     assert "mini: HMR 2.0 size mini, trained weights" in check_weights(MINI, part="hmr2")
     assert "mini: texture encoder, trained weights" in check_weights(MINI, part="texture")
-    with pytest.raises(ConfigError, match="mini: expected the part hmr2 or texture, got None"):
+    assert "mini: pose predictor, " in check_weights(MINI, part="predictor")
+    with pytest.raises(ConfigError, match="mini: expected one of the parts .*, got none"):
         check_weights(MINI)
 
 
