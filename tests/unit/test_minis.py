@@ -47,7 +47,7 @@ def test_their_parts_can_be_checked_by_name() -> None:
     assert "mini: HMR 2.0 size mini, trained weights" in check_weights(MINI, part="hmr2")
     assert "mini: texture encoder, trained weights" in check_weights(MINI, part="texture")
     assert "mini: pose predictor, " in check_weights(MINI, part="predictor")
-    with pytest.raises(ConfigError, match="mini: expected one of the parts .*, got none"):
+    with pytest.raises(ConfigError, match=r"mini: expected one of the parts .*, got none"):
         check_weights(MINI)
 
 
