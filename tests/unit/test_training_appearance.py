@@ -122,6 +122,7 @@ class TestTask:
         task.num_calibration = 4
         return config, task
 
+    @pytest.mark.slow  # three trainings with their calibrations; other networks do it in make test
     def test_resumes_exactly_and_writes_what_the_tracker_reads(self, tmp_path: Path) -> None:
         pytest.importorskip("tensorboard", reason="training logs need the extra 'train'")
         config, task = self.make()
