@@ -205,7 +205,7 @@ def test_motion_capture_that_is_not_there_is_told_before_any_training(
     folder = tmp_path / "motion"
     words = [f"output={tmp_path / 'out'}", *(word.format(folder) for word in words)]
     assert job(name)(words) == 2
-    assert capsys.readouterr().err == f"error: {folder}: No such file or directory\n"
+    assert capsys.readouterr().err == f"error: {folder}: no such file or folder\n"
     folder.mkdir()
     assert job(name)(words) == 1
     assert capsys.readouterr().err == f"error: {folder}: expected .npz or .bvh files, got none\n"
