@@ -208,7 +208,8 @@ def test_motion_capture_that_is_not_there_is_told_before_any_training(
     assert capsys.readouterr().err == f"error: {folder}: no such file or folder\n"
     folder.mkdir()
     assert job(name)(words) == 1
-    assert capsys.readouterr().err == f"error: {folder}: expected .npz or .bvh files, got none\n"
+    told = f"error: {folder}: expected .npz or .bvh files with poses, got none\n"
+    assert capsys.readouterr().err == told
     assert not (tmp_path / "out").exists()
 
 
