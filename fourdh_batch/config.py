@@ -114,6 +114,10 @@ class TrackerConfig:
         max_age: a confirmed track survives so many missed frames.
         n_init: detections in a row that confirm a track (at most 7).
         gate: pairs that cost more are never matched.
+        box_weight: how much it counts, beside the published cues, that a box covers the one in
+            which a person was last seen: a pair costs exp(box_weight (1 - IoU)) times as much.
+            0: not at all, as published. 2 helps where people pass each other and the network
+            sees the same body in both boxes.
         keep_predicted: write `state=predicted` rows for frames in which a track was missed
             between two detections.
         texture_weights: the texture encoder, `hmar_v2_weights.pth` or the `.safetensors` that
@@ -132,6 +136,7 @@ class TrackerConfig:
     max_age: int = 50
     n_init: int = 5
     gate: float = 100.0
+    box_weight: float = 0.0
     keep_predicted: bool = True
     texture_weights: str = ""
     atlas: str = ""
@@ -970,6 +975,12 @@ def _job_checks(config: JobConfig) -> list[_Check]:
         ("tracker.max_age", tracker.max_age >= 0, "0 or more", tracker.max_age),
         ("tracker.n_init", 1 <= tracker.n_init <= 7, "1 to 7", tracker.n_init),
         ("tracker.gate", tracker.gate >= 1, "at least 1", tracker.gate),
+        (
+            "tracker.box_weight",
+            0 <= tracker.box_weight <= (0 if tracker.compat else 20),
+            "0 to 20, and 0 with tracker.compat",
+            tracker.box_weight,
+        ),
         ("plan.videos_per_shard", plan.videos_per_shard >= 1, "at least 1", plan.videos_per_shard),
         ("plan.mb_per_shard", plan.mb_per_shard >= 1, "at least 1", plan.mb_per_shard),
         ("plan.limit", plan.limit >= 0, "0 or more", plan.limit),

@@ -269,6 +269,7 @@ def cues(config: JobConfig) -> str:
             "location (ridge)",
             "pose (predicted)" if wanted.predictor_weights else "pose (last seen)",
             "texture" if wanted.texture_weights else "no texture",
+            *(["boxes"] if wanted.box_weight else []),
         ]
     )
 

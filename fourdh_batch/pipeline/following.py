@@ -50,6 +50,7 @@ class TrackerModels:
         return TrackerSettings(
             gate=wanted.gate,
             n_init=wanted.n_init,
+            box_weight=wanted.box_weight,
             max_age=wanted.max_age,
             compat=wanted.compat,
         )

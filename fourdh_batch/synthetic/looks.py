@@ -31,14 +31,19 @@ from fourdh_batch.models.texture import (
 )
 from fourdh_batch.rasterizer import rasterize
 from fourdh_batch.synthetic.gestures import NUM_JOINTS, PoseSampler, rotation_matrices
-from fourdh_batch.synthetic.scene import random_light, shading, vertex_normals
+from fourdh_batch.synthetic.scene import Light, shading, vertex_normals
 from fourdh_batch.synthetic.wardrobe import Outfit, Wardrobe, random_outfits
 from fourdh_batch.types import NUM_BETAS
 
 CLOTH_M = 0.01  # by which clothes stand off the body of a view
-# Standard deviations of the estimate: of joints about each axis, of betas, of the place and the
-# logarithm of the size in the crop.
-JOINT_DEG, BETAS, SHIFT_M, SCALE = 4.0, 0.3, 0.02, 0.02
+# Standard deviations of the estimate: of joints about each axis (one drawn for every view, between
+# those of a good network and of a small one), of betas, of the place and the logarithm of the size
+# in the crop.
+JOINT_DEG = (2.0, 14.0)
+BETAS, SHIFT_M, SCALE = 0.3, 0.03, 0.03
+# Standard deviations of what a camera makes of one light in two pictures: of each channel, and of
+# the logarithm of all together.
+TINT, EXPOSURE = 0.015, 0.04
 NO_MASK_SHARE = 0.3  # of the views: the detector gives no mask, the crop counts as a whole
 WAIST_SHARE = 0.2  # the picture ends below the waist
 THING_SHARE = 0.3  # something stands in front
@@ -110,11 +115,11 @@ class LookStudio:
         seen = (colours[self._corner] * self._weight[..., None]).sum(dim=1)
         return self._map(self.texel, seen)
 
-    def look(self, colours: Tensor, view: View, rng: np.random.Generator) -> Tensor:
-        """(3, S, S) normalised RGB of what a view shows, 0 elsewhere; light, tint and noise."""
+    def look(self, colours: Tensor, view: View, light: Light, rng: np.random.Generator) -> Tensor:
+        """(3, S, S) normalised RGB of what a view shows in a light, 0 elsewhere; with noise."""
         worn = (colours[view.corner] * view.weight[..., None]).sum(dim=1)
-        tint = torch.from_numpy(rng.normal(1, 0.06, 3) * np.exp(rng.normal(0, 0.12))).float()
-        seen = worn * tint * shading(view.normal, random_light(rng))
+        tint = rng.normal(1, TINT, 3) * np.exp(rng.normal(0, EXPOSURE))
+        seen = worn * torch.from_numpy(tint).float() * shading(view.normal, light)
         behind = torch.from_numpy(rng.uniform(0.05, 0.95, 3)).float()
         seen = torch.where(view.weight.sum(dim=1, keepdim=True) > 0, seen, behind)
         noise = rng.standard_normal(tuple(seen.shape), np.float32) * rng.uniform(0, 0.04)
@@ -139,8 +144,8 @@ class LookStudio:
         turn = np.stack([_turn(rng) for rng in rngs])  # world to camera
         pose[:, 0] = turn @ pose[:, 0]
         betas = np.stack([rng.normal(0, 0.9, NUM_BETAS).clip(-2, 2) for rng in rngs])
-        wrong = np.radians(np.stack([rng.normal(0, JOINT_DEG, (NUM_JOINTS, 3)) for rng in rngs]))
-        told_pose = pose @ rotation_matrices(wrong)
+        wrong = np.stack([rng.normal(0, rng.uniform(*JOINT_DEG), (NUM_JOINTS, 3)) for rng in rngs])
+        told_pose = pose @ rotation_matrices(np.radians(wrong))
         told_betas = betas + np.stack([rng.normal(0, BETAS, NUM_BETAS) for rng in rngs])
 
         naked = self._vertices(pose, betas)

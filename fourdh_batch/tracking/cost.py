@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.distance import cdist
 
+from fourdh_batch.geometry import box_iou
 from fourdh_batch.tracking.location import PredictedLocation
 from fourdh_batch.types import F32, F64
 
@@ -81,3 +82,16 @@ def cost_without_texture(terms: CostTerms) -> F64:
 def texture_factor(distance: F64) -> F64:
     """Factor of the cost for texture distances, which are 0 or more."""
     return 1 + TEXTURE_WEIGHT * distance
+
+
+def box_factor(last_xyxy_px: F32, found_xyxy_px: F32, weight: float) -> F64:
+    """(K, M) factor of the cost for boxes that do not overlap; 1 where they are the same. Ours.
+
+    Args:
+        last_xyxy_px: (K, 4) boxes in which the tracks were last seen.
+        found_xyxy_px: (M, 4) boxes of the detections.
+        weight: 0 or more; the factor is at most exp(weight).
+    """
+    iou = box_iou(last_xyxy_px.astype(np.float64), found_xyxy_px.astype(np.float64))
+    factor: F64 = np.exp(weight * (1 - iou))
+    return factor

@@ -26,7 +26,12 @@ from numpy.typing import NDArray
 
 from fourdh_batch.geometry import phalp_camera
 from fourdh_batch.tracking.assign import Assignment, assign
-from fourdh_batch.tracking.cost import cost_terms, cost_without_texture, texture_factor
+from fourdh_batch.tracking.cost import (
+    box_factor,
+    cost_terms,
+    cost_without_texture,
+    texture_factor,
+)
 from fourdh_batch.tracking.location import (
     HISTORY_LENGTH,
     PredictedLocation,
@@ -58,6 +63,7 @@ class TrackerSettings:
         n_init: detections in a row that confirm a track, at most `HISTORY_LENGTH` (section 10).
         max_age: frames that a confirmed track survives unseen; it can be matched in the frame
             after them (max_age_track, section 10).
+        box_weight: see `cost.box_factor`; 0 leaves boxes out, as the reference does.
         compat: read predicted poses at the times at which the reference does, and number tracks
             born in the same frame as it does (section 15, Q1, Q2, Q28).
     """
@@ -65,6 +71,7 @@ class TrackerSettings:
     gate: float = 100.0
     n_init: int = 5
     max_age: int = 50
+    box_weight: float = 0.0
     compat: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +81,10 @@ class TrackerSettings:
             raise ValueError(f"max_age: expected 0 or more frames, got {self.max_age}")
         if not self.gate >= 1:
             raise ValueError(f"gate: no pair costs less than 1, got {self.gate}")
+        if not self.box_weight >= 0:
+            raise ValueError(f"box_weight: expected 0 or more, got {self.box_weight}")
+        if self.compat and self.box_weight:
+            raise ValueError("box_weight: the reference knows no boxes; expected 0 with compat")
 
 
 class PosePredictor(Protocol):
@@ -377,6 +388,10 @@ class PhalpTracker:
         cost = cost_without_texture(
             cost_terms(prediction.location, prediction.pose, location, pose)
         )
+        # Boxes before a cut say nothing about those behind it.
+        if self.settings.box_weight and not frame.is_shot_start:
+            last, found = self._tracks.bbox_xyxy_px, frame.bbox_xyxy_px[row]
+            cost *= box_factor(last, found, self.settings.box_weight)
         if self._texture is None:
             return assign(cost, gate, solver_order=solver_order)
 

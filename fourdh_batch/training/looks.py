@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fourdh_batch.models.smpl import SmplBody
 from fourdh_batch.synthetic.looks import LookStudio, View
+from fourdh_batch.synthetic.scene import random_light
 
 FIRST, AGAIN, OTHER = range(3)  # the looks of an example
 MIN_SHARED = 0.05  # of the body's texels, that two views have to show both
@@ -27,8 +28,9 @@ class Looks(NamedTuple):
 
     Attributes:
         maps: (3, 4, S, S) float32, what `TextureEncoder.embed` takes: normalised RGB and a mask of
-            1 and 0, and RGB 0 where that is 0. `FIRST` and `AGAIN` are of one outfit, in other
-            light; `AGAIN` and `OTHER` are the same view.
+            1 and 0, and RGB 0 where that is 0. `FIRST` and `AGAIN` are of one outfit; `AGAIN` and
+            `OTHER` are the same view. One light falls on all three, as in a video: people turn in
+            it, the camera's exposure drifts a little.
         whole: (2, 3, S, S) the whole first outfit and the whole other one, in even light.
     """
 
@@ -81,11 +83,12 @@ class OutfitLooks:
         rng = np.random.default_rng((self._seed, _LOOKS, number))
         outfit, other = studio.colours(rng), studio.colours(rng)
         view, second, shared = self._views(rng)
+        light = random_light(rng)
         looks = torch.stack(
             [
-                studio.look(outfit, view, rng),
-                studio.look(outfit, second, rng),
-                studio.look(other, second, rng),
+                studio.look(outfit, view, light, rng),
+                studio.look(outfit, second, light, rng),
+                studio.look(other, second, light, rng),
             ]
         )
         if rng.random() < self._filled_share:

@@ -251,7 +251,8 @@ class _Set:
         """The main job on every clip; then the other trackers on what its models gave."""
         engine, card = self._engine(), model_card(self.config)
         models, wanted = OneCueLessModels(self.config), self.config.tracker
-        names = [name for name in WITHOUT if name != "texture" or wanted.texture_weights]
+        missing = {"texture": not wanted.texture_weights, "boxes": not wanted.box_weight}
+        names = [name for name in WITHOUT if not missing.get(name)]
         followed: Followed = {name: {} for name in (ALL_CUES, *names, OVERLAP)}
         spent = dict.fromkeys(("the job", *names), 0.0)
         store = Store(self.config.output)

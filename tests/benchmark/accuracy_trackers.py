@@ -18,7 +18,7 @@ from fourdh_batch.tracking.tracker import PhalpTracker, Prediction
 from fourdh_batch.types import F32, F64, I64, FrameDetections
 
 ALL_CUES = "all cues"
-WITHOUT = ("pose", "location", "texture", "prediction")
+WITHOUT = ("pose", "location", "texture", "prediction", "boxes")
 MIN_IOU = 0.3  # of a pair, as in SORT
 
 
@@ -27,7 +27,8 @@ class OneCueLess(PhalpTracker):
 
     Attributes:
         without: ``pose``, ``location``: that factor of the cost is the same for all pairs;
-            ``prediction``: poses and places are expected as they were last seen.
+            ``prediction``: poses and places are expected as they were last seen; ``boxes``: see
+            `TrackerConfig.box_weight`.
     """
 
     without = ""
@@ -56,8 +57,9 @@ class OneCueLessModels(TrackerModels):
 
     def new_tracker(self) -> PhalpTracker:
         """See `TrackerModels`."""
+        settings = self._settings
         tracker = OneCueLess(
-            self._settings,
+            replace(settings, box_weight=0.0) if self.without == "boxes" else settings,
             pose_predictor=self.predictor,
             texture=None if self.without == "texture" else self._new_texture_term(),
         )

@@ -75,6 +75,7 @@ def test_the_card_says_which_cues_count(tmp_path: Path) -> None:
         f"tracker.texture_weights={untrained_texture_file()}",
     )
     assert both == "location (ridge) + pose (predicted) + texture"
+    assert cues("tracker.box_weight=2").endswith(" + no texture + boxes")
 
 
 def test_missing_weights_are_found_before_anything_starts(tmp_path: Path) -> None:

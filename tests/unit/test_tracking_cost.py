@@ -6,6 +6,7 @@ import pytest
 from fourdh_batch.tracking.cost import (
     MAX_POSE_DISTANCE,
     NUM_POSE_COMPARED,
+    box_factor,
     cost_terms,
     cost_without_texture,
     texture_factor,
@@ -66,3 +67,11 @@ def test_q10_near_distances_keep_their_digits() -> None:
 def test_out_of_reach_is_infinite_and_unknown_is_nan() -> None:
     assert cost(expected_at(50.0, 0.5, 4.0, 0.0), [0.5, 0.5, 4.0]) == np.inf
     assert np.isnan(cost(expected_at(np.nan, 0.5, 4.0), [0.5, 0.5, 4.0]))
+
+
+def test_boxes_that_do_not_overlap_cost_more() -> None:
+    last = np.float32([[0, 0, 10, 20], [100, 0, 110, 20]])
+    found = np.float32([[0, 0, 10, 20], [0, 0, 10, 10]])
+    expected = np.exp([[0, 1], [2, 2]])
+    np.testing.assert_allclose(box_factor(last, found, 2.0), expected, rtol=1e-12)
+    assert box_factor(last[:0], found, 2.0).shape == (0, 2)

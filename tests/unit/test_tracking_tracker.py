@@ -91,6 +91,8 @@ def test_other_numbers_of_detections_confirm(n_init: int) -> None:
         ({"n_init": 8}, "n_init: expected 1 to 7"),
         ({"max_age": -1}, "max_age"),
         ({"gate": float("nan")}, "gate"),
+        ({"box_weight": -1.0}, "box_weight"),
+        ({"box_weight": 1.0, "compat": True}, "box_weight.*compat"),
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float], message: str) -> None:
@@ -199,6 +201,25 @@ def test_motion_is_learnt_afresh_after_a_cut() -> None:
     assert expected[0].location[0, 0] > seen_x + 0.05
     assert expected[1].location[0, 0] == pytest.approx(seen_x, abs=1e-6)
     assert expected[1].spread[0, :2] == pytest.approx([0, 0], abs=1e-9)
+
+
+# ---------------------------------------------------------------- boxes
+
+
+@pytest.mark.parametrize(
+    ("box_weight", "is_shot_start", "track_id"),
+    [(0.0, False, [1, 2]), (2.0, False, [2, 1]), (2.0, True, [1, 2])],
+)
+def test_boxes_tell_apart_whom_the_network_sees_twice(
+    box_weight: float, is_shot_start: bool, track_id: list[int]
+) -> None:
+    tracker = PhalpTracker(TrackerSettings(box_weight=box_weight))
+    people = [box(300), box(340)]
+    run(tracker, *[people] * 6)
+    frame = frame_of_boxes(6, people[::-1], is_shot_start=is_shot_start)
+    same = frame.people.take(np.array([0, 0]))  # the one in front, found in both boxes
+    got = tracker.update(replace(frame, people=same))
+    assert got.detection_track_id.tolist() == track_id
 
 
 # ---------------------------------------------------------------- what is refused

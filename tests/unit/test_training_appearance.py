@@ -55,7 +55,7 @@ class TestLooks:
             off.append((taken - own[view.texel][is_person]).norm(dim=1))
             assert 0.05 < len(view.texel) / len(studio.texel) < 0.7
         # Metres: an estimate is a few degrees off in every joint on the way to a limb.
-        assert 0.01 < float(torch.cat(off).median()) < 0.1
+        assert 0.01 < float(torch.cat(off).median()) < 0.15
 
     def test_maps_are_cut_to_what_both_views_show(self, looks: OutfitLooks) -> None:
         for number in range(6):
