@@ -40,6 +40,8 @@ AMASS_WIDTHS = (72, 156, 165)  # SMPL, SMPL+H, SMPL-X; the first 66 numbers are 
 SHARED_JOINTS = 22  # of those bodies; SMPL's two hands stay at rest for the larger ones
 ADULT_LEG_M = 0.85  # hip to ankle; tells the unit of a BVH file
 METRES_PER_UNIT = (1.0, 0.1, 0.0254, 0.056444, 0.01, 0.001)  # m, dm, inch, CMU's, cm, mm
+RATES_HZ = (0.1, 1e4)  # slower or faster is a mistake in the file
+MOST = 1e6  # of any number in a file: radians, metres, the unit and the degrees of a BVH
 Z_UP_TO_Y_UP = Rotation.from_euler("x", -90, degrees=True)
 UpAxis = Literal["y", "z"]
 
@@ -190,16 +192,21 @@ def load_recording(path: str | Path, *, up: UpAxis | None = None) -> Recording:
 # ---------------------------------------------------------------- npz
 
 
+# of a member; ways to pack it; encrypted; a header that claims more than there is memory
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, MemoryError)
+
+
 @contextmanager
 def _npz(path: Path) -> Iterator[NpzFile]:
     """Raises: MotionError: it is none, or damaged."""
     try:
-        stored = np.load(path, allow_pickle=False)
-        if not isinstance(stored, NpzFile):
-            raise ValueError("a single array")
-        with stored:
-            yield stored
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        with path.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            if not isinstance(stored, NpzFile):
+                raise ValueError("a single array")
+            with stored:
+                yield stored
+    except (ValueError, EOFError, KeyError, *_DAMAGED) as error:
         raise MotionError(f"{path}: expected an .npz of plain arrays, got {error}") from error
 
 
@@ -233,10 +240,10 @@ def _read_npz(path: Path) -> tuple[Recording, UpAxis]:
         trans = _floats(path, stored, "transl_m", 2)
         rate, up = "fps", "y"
     fps = float(_floats(path, stored, rate, 0))
-    if trans.shape != (len(pose), 3) or not len(pose) or fps <= 0:
+    if trans.shape != (len(pose), 3) or not len(pose) or not _is_rate(fps):
         raise MotionError(
-            f"{path}: expected T > 0 poses, a path (T, 3) and a positive rate, "
-            f"got {len(pose)} poses, {trans.shape} and {fps}"
+            f"{path}: expected T > 0 poses, a path (T, 3) and a rate of {RATES_HZ[0]:g} to "
+            f"{RATES_HZ[1]:g} per second, got {len(pose)} poses, {trans.shape} and {fps}"
         )
     # The translation moves the model, whose pelvis is a constant away from its origin.
     return Recording(path.name, pose, trans, fps), up
@@ -253,12 +260,20 @@ def _floats(path: Path, stored: dict[str, NDArray[Any]], key: str, ndim: int) ->
     if key not in stored:
         raise MotionError(f"{path}: expected the key {key!r}, got {sorted(stored)}")
     array = stored[key]
-    if array.dtype.kind not in "fiu" or array.ndim != ndim or not np.isfinite(array).all():
+    if not isinstance(array, np.ndarray):  # a member that is no .npy comes as its bytes
+        raise MotionError(f"{path}: {key}: expected an array, got a file of another kind")
+    if array.dtype.kind not in "fiu" or array.ndim != ndim:
         raise MotionError(
             f"{path}: {key}: expected {ndim} axes of finite numbers, "
             f"got {array.ndim} of {array.dtype}"
         )
+    if not (np.abs(array) < MOST).all():
+        raise MotionError(f"{path}: {key}: expected finite numbers below {MOST:g}, got others")
     return array.astype(np.float64)
+
+
+def _is_rate(fps: float) -> bool:
+    return RATES_HZ[0] <= fps <= RATES_HZ[1]
 
 
 # ---------------------------------------------------------------- BVH
@@ -339,14 +354,14 @@ class _Lines:
             values = [float(word) for word in words]
         except ValueError:
             values = []
-        if len(values) != count or not np.isfinite(values).all():
-            raise self.fail(f"{count} numbers ({what})")
+        if len(values) != count or not (np.abs(values) < MOST).all():
+            raise self.fail(f"{count} numbers below {MOST:g} ({what})")
         return values
 
 
 def _read_bvh(path: Path) -> tuple[Recording, UpAxis]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise MotionError(f"{path}: expected text, got {error}") from error
     lines = _Lines(path, text)
@@ -402,7 +417,7 @@ def _hierarchy(lines: _Lines) -> list[_Joint]:
             stack.append(len(joints) - 1)
         elif word == "OFFSET" and stack:
             joints[stack[-1]].offset = np.array(lines.numbers(words[1:], 3, "OFFSET x y z"))
-        elif word == "CHANNELS" and stack:
+        elif word == "CHANNELS" and stack and not joints[stack[-1]].channels:
             names = tuple(name.capitalize() for name in words[2:])
             if words[1:2] != [str(len(names))] or not set(names) <= _CHANNELS:
                 raise lines.fail(f"CHANNELS, their number and names out of {sorted(_CHANNELS)}")
@@ -423,20 +438,24 @@ _CHANNELS = frozenset(f"{axis}{kind}" for axis in "XYZ" for kind in ("position",
 
 def _motion(lines: _Lines, joints: list[_Joint]) -> tuple[F64, float]:
     words = lines.next("Frames:")
-    if words[0] != "Frames:" or len(words) != 2 or not words[1].isdigit() or words[1] == "0":
+    if words[0] != "Frames:" or len(words) != 2 or not re.fullmatch(r"0*[1-9]\d{0,11}", words[1]):
         raise lines.fail("Frames: and their number")
     num_frames = int(words[1])
     words = lines.next("Frame Time:")
     if words[:2] != ["Frame", "Time:"]:
         raise lines.fail("Frame Time: and seconds")
     (frame_s,) = lines.numbers(words[2:], 1, "seconds per frame")
-    if frame_s <= 0:
-        raise lines.fail("a positive time per frame")
+    if frame_s <= 0 or not _is_rate(1 / frame_s):
+        raise lines.fail(f"a time per frame of {1 / RATES_HZ[1]:g} to {1 / RATES_HZ[0]:g} s")
     width = sum(len(joint.channels) for joint in joints)
     rows = [
         lines.numbers(lines.next(f"frame {i} of {num_frames}"), width, "one per channel")
         for i in range(min(num_frames, len(lines.lines) + 1))
     ]
+    if rest := [line for line in lines.lines[lines.row :] if line.strip()]:
+        raise MotionError(
+            f"{lines.path}: expected {num_frames} frames as declared, {len(rest)} lines follow"
+        )
     return np.array(rows), frame_s
 
 
@@ -523,6 +542,7 @@ def _alignment(
         align = dict.fromkeys(place, facing)
         for joint, is_way, way in limbs:
             align[joint] = _shortest_turn(way, is_way) @ facing
+        _check_turns(path, align)
         return align
     return _axes_from_motion(path, place, world, positions)
 
@@ -560,6 +580,7 @@ def _axes_from_motion(
             raise MotionError(f"{path}: the zero pose is no T-pose, and {joint} never bends")
         for part, along in ((joint, bone(joint, hinge)), (hinge, bone(hinge, last))):
             align[part] = _axes(along, own(part, bend), np.array(way), np.array(axis))
+    _check_turns(path, align)
     for joint in sorted(set(place) - set(align)):  # the rest: rest pose, on average of the motion
         above = SMPL_PARENTS[joint]
         while above not in align:
@@ -567,6 +588,16 @@ def _axes_from_motion(
         turn = world[:, place[joint]].swapaxes(-1, -2) @ world[:, place[above]] @ align[above]
         align[joint] = Rotation.from_matrix(turn).mean().as_matrix()
     return align
+
+
+def _check_turns(path: Path, align: dict[int, F64]) -> None:
+    """Raises: MotionError: bones without a length, or all along one line, tell no axes."""
+    for joint, turn in align.items():
+        if not np.linalg.det(turn) > 0.5:
+            raise MotionError(
+                f"{path}: expected bones that tell the axes of {BVH_NAMES[joint][0]}, got some "
+                "without a length, or along one line"
+            )
 
 
 def _axes(along: F64, side: F64, way: F64, axis: F64) -> F64:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +297,9 @@ def test_a_played_recording_stands_on_the_floor_where_it_should(
     ("changes", "message"),
     [
         ({"fps": None}, "expected the key 'fps'"),
-        ({"fps": np.float32(0)}, "positive rate"),
+        ({"fps": np.float32(0)}, "a rate of 0.1 to 10000 per second"),
+        ({"fps": np.float64(1e-9)}, "a rate of 0.1 to 10000 per second"),
+        ({"transl_m": np.full((FRAMES, 3), 1e300)}, "finite numbers below"),
         ({"transl_m": np.zeros((3, 3))}, r"path \(T, 3\)"),
         ({"transl_m": np.full((FRAMES, 3), np.nan)}, "finite"),
         ({"body_pose_axis_angle": np.zeros((FRAMES, 21, 3))}, r"\(T, 23, 3\)"),
@@ -331,6 +335,23 @@ def test_wrong_bvh_files_name_the_line(tmp_path: Path, pose: F64, rest: F64) -> 
     expect(["HELLO", *good[1:]], r"line 1: expected HIERARCHY")
     expect([line.replace("LeftUpLeg", "Tail") for line in good], "joints like .'leftupleg'")
     expect([*good[: motion + 1], "Frames: 99999999999", *good[motion + 2 :]], "end of the file")
+    expect([*good[: motion + 1], "Frames: ²", *good[motion + 2 :]], "Frames: and their number")
+    expect([*good[: motion + 1], "Frames: 2", *good[motion + 2 :]], "2 frames as declared, 1 line")
+    expect([*good[: motion + 2], "Frame Time: 1e5", *good[motion + 3 :]], "a time per frame of")
+    expect([*good[:-1], " ".join(["1e99"] * 69)], "expected 69 numbers below")
+    expect([*good[:5], good[4], *good[5:]], "line 6: expected ROOT, JOINT")  # CHANNELS twice
+    file.write_text("\n".join(good), encoding="utf-8-sig")
+    assert len(load_recording(file).pose) == 3
+
+
+def test_a_bvh_whose_bones_tell_no_axes_is_refused(tmp_path: Path, pose: F64, rest: F64) -> None:
+    flat = rest.copy()
+    flat[[1, 2]] = flat[0]  # both hips in the middle: no left and no right
+    file = write_bvh(
+        tmp_path / "a.bvh", pose, flat, path_of(FRAMES), names=CMU_NAMES, order="zxy", unit_m=0.01
+    )
+    with pytest.raises(MotionError, match="bones that tell the axes of"):
+        load_recording(file)
 
 
 def test_a_folder_is_read_in_order(tmp_path: Path, pose: F64) -> None:
@@ -374,6 +395,19 @@ def test_what_is_no_npz_is_said_clearly(tmp_path: Path) -> None:
     (tmp_path / "b.npz").write_bytes(content)
     with pytest.raises(MotionError, match=r"b\.npz: expected an \.npz of plain arrays"):
         load_recording(tmp_path / "b.npz")
+    header = io.BytesIO()
+    claims = {"descr": "<f8", "fortran_order": False, "shape": (10**13, 72)}
+    np.lib.format.write_array_header_1_0(header, claims)
+    for member, said in ((header.getvalue(), "of plain arrays, got"), (b"x", "of another kind")):
+        with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
+            archive.writestr("poses.npy", member)
+        with pytest.raises(MotionError, match=said):
+            load_recording(tmp_path / "c.npz")
+    content = bytearray((tmp_path / "c.npz").read_bytes())
+    content[content.find(b"PK\x01\x02") + 8] |= 1  # encrypted
+    (tmp_path / "c.npz").write_bytes(content)
+    with pytest.raises(MotionError, match="encrypted"):
+        load_recording(tmp_path / "c.npz")
 
 
 def test_limits_mirror_each_other_and_hold_rest() -> None:
