@@ -11,6 +11,7 @@ checked against a second source stand here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fourdh_batch.config import EvaluateConfig
-from fourdh_batch.errors import ConfigError
+from fourdh_batch.errors import CheckpointError, ConfigError
 from fourdh_batch.evaluate.actions import action_scores
 from fourdh_batch.evaluate.datasets import (
     EmdbSequence,
@@ -35,7 +36,9 @@ from fourdh_batch.evaluate.datasets import (
 from fourdh_batch.evaluate.matching import Boxes
 from fourdh_batch.evaluate.pose import (
     EVALUATION_KEYPOINTS,
+    PCK_MIN_CONFIDENCE,
     PCK_THRESHOLDS,
+    PELVIS_KEYPOINT,
     mpjpe_mm,
     pa_mpjpe_mm,
     pck,
@@ -218,8 +221,19 @@ def _measure_stills(
 ) -> dict[str, float | None]:
     if len(people) == 0:
         raise ConfigError(f"{people.source}: expected people, got none")
-    if stills.section == POSE_3D and not people.keypoints_3d_m[:, EVALUATION_KEYPOINTS, 3].any():
-        raise ConfigError(f"{people.source}: expected keypoints in space, got none with confidence")
+    compared = [*EVALUATION_KEYPOINTS, PELVIS_KEYPOINT]
+    if stills.section == POSE_3D:
+        space, truth = "space", people.keypoints_3d_m[:, compared].reshape(-1, 4)
+        has_some = people.keypoints_3d_m[:, EVALUATION_KEYPOINTS, 3].any()
+    else:
+        is_sure = people.keypoints_2d_px[..., 2] > PCK_MIN_CONFIDENCE
+        space, truth, has_some = "the picture", people.keypoints_2d_px[is_sure], is_sure.any()
+    if not has_some:
+        raise ConfigError(
+            f"{people.source}: expected keypoints in {space}, got none with confidence"
+        )
+    if not np.isfinite(truth).all():
+        raise ConfigError(f"{people.source}: expected finite keypoints in {space}, got others")
     names = [_join(images, name) for name in people.image]
     bbox_xyxy = cxcywh_to_xyxy(np.concatenate((people.center_px, people.size_px), axis=1))
     predicted = predict(model, names, bbox_xyxy, batch_size=batch_size, on_step=on_step)
@@ -281,6 +295,7 @@ def predict(
     Raises:
         FileNotFoundError: there is no such image.
         ConfigError: an image cannot be read.
+        CheckpointError: what the model gives is not finite.
     """
     device = next(model.parameters()).device
     size = batch_size or (CPU_BATCH_SIZE if device.type == "cpu" else CUDA_BATCH_SIZE)
@@ -292,6 +307,11 @@ def predict(
         with torch.inference_mode():
             out = model(crops.to(device))
         kept = (out.keypoints_3d, out.keypoints_2d, out.global_orient, out.body_pose, out.betas)
+        if not all(torch.isfinite(tensor).all() for tensor in kept):
+            raise CheckpointError(
+                f"{redact_uri(images[start])} to {redact_uri(images[stop - 1])}: expected finite "
+                "bodies, the model gave NaN or infinity; see hmr.weights, hmr.precision"
+            )
         rows.append([tensor.cpu() for tensor in kept])
         on_step("people", stop, len(images))
     points, crop_points, *body = (torch.cat(part).numpy() for part in zip(*rows, strict=True))
@@ -316,7 +336,10 @@ def _read_image(uri: str) -> U8:
     with open_read(uri) as file:
         data = np.frombuffer(file.read(), np.uint8)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    bgr = cv2.imdecode(data, flags) if len(data) else None
+    try:
+        bgr = cv2.imdecode(data, flags) if len(data) else None
+    except cv2.error:  # more pixels than OpenCV allows
+        bgr = None
     if bgr is None:
         raise ConfigError(f"{redact_uri(uri)}: expected an image, OpenCV cannot read it")
     return np.ascontiguousarray(bgr[..., ::-1]).astype(np.uint8, copy=False)
@@ -472,16 +495,23 @@ def _read_boxes(root: str, wanted: Iterable[str]) -> dict[str, Boxes]:
     names = list(wanted)
     done = read_arrow(root, "videos", columns=["video_id", "status"], video_id=names).to_pandas()
     finished = done[done["status"].isin(["ok", "partial"])]["video_id"]
+    if finished.duplicated().any():
+        twice = finished[finished.duplicated()].iloc[0]
+        raise ConfigError(
+            f"{redact_uri(root)}: expected video {twice} once, got it in several datasets"
+        )
     columns = ["video_id", "frame_index", "track_id", "state", "bbox_xyxy_px"]
     rows = read_arrow(root, "tracks", columns=columns, video_id=names)
     bbox = smpl_arrays(rows)["bbox_xyxy_px"].astype(np.float64)
     frame = rows.select(columns[:4]).to_pandas()
-    is_seen = (frame["state"] == "detected").to_numpy()
     boxes = Boxes(
         frame["frame_index"].to_numpy(np.int64), frame["track_id"].to_numpy(np.int64), bbox
     )
-    video = frame["video_id"].to_numpy()
-    return {name: boxes.take(is_seen & (video == name)) for name in finished}
+    is_seen = (frame["state"] == "detected").to_numpy()
+    video = frame["video_id"].where(is_seen)  # no text where not
+    rows_of = video.groupby(video).indices
+    none = np.zeros(0, np.int64)
+    return {name: boxes.take(rows_of.get(name, none)) for name in finished}
 
 
 def _action_figures(given: EvaluateConfig) -> Iterator[Figure]:
@@ -496,6 +526,9 @@ def _action_figures(given: EvaluateConfig) -> Iterator[Figure]:
         excluded,
     )
     note = "excluded seconds left out" if given.ava_excluded else "no second is left out"
-    yield Figure(ACTIONS, "AVA", "mAP", 100 * scores.mean_ap, note=note)
-    for kind, value in scores.by_kind.items():
-        yield Figure(ACTIONS, "AVA", f"mAP {kind.replace('_', ' ')}", 100 * value, note=note)
+    kinds = {f"mAP {kind.replace('_', ' ')}": value for kind, value in scores.by_kind.items()}
+    for measure, value in ({"mAP": scores.mean_ap} | kinds).items():
+        if math.isnan(value):
+            yield Figure(ACTIONS, "AVA", measure, None, note="no such action in the truth")
+        else:
+            yield Figure(ACTIONS, "AVA", measure, 100 * value, note=note)

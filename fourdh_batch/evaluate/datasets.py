@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -29,9 +30,13 @@ from fourdh_batch.models.unpickle import load_restricted_pickle
 from fourdh_batch.storage import Store, open_read, redact_uri
 from fourdh_batch.types import F32, F64, I64, NUM_BETAS, NUM_BODY_JOINTS, NUM_KEYPOINTS, Bool
 
+NUM_ACTIONS = 80  # of AVA
 NUM_OPENPOSE = 25  # `body_keypoints_*`; the others are `extra_keypoints_*`
 # OpenPose's neck, shoulders, arms, hips, legs and feet: no data set has them in space.
 NO_TRUTH_IN_SPACE = tuple(range(1, 15))
+
+
+_TOO_MUCH = (OverflowError, RecursionError)  # of numbers; of brackets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,15 +77,21 @@ def load_people(uri: str) -> PeopleSet:
         FileNotFoundError: there is no such file.
     """
     with _Npz(uri) as npz:
-        image = [_text(name) for name in npz.read("imgname").tolist()]
+        names = npz.read("imgname")
+        if names.ndim != 1 or names.dtype.kind not in "USO":
+            raise ConfigError(
+                f"{npz.name}: imgname: expected (N,) names, got {names.shape} {names.dtype}"
+            )
+        image = [_text(name) for name in names.tolist()]
         n = len(image)
         center = npz.floats("center", (n, 2))
         scale = npz.read("scale")
-        if scale.size not in (n, 2 * n):
+        if scale.shape not in ((n,), (n, 1), (n, 2)):
             raise ConfigError(f"{npz.name}: scale: expected ({n},) or ({n}, 2), got {scale.shape}")
-        size = np.broadcast_to(scale.reshape(n, scale.size // n if n else 2), (n, 2)).astype(
-            np.float32
-        )
+        try:
+            size = np.broadcast_to(scale.reshape(n, -1 if n else 1), (n, 2)).astype(np.float32)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{npz.name}: scale: expected numbers, got {error}") from error
         if not np.isfinite(center).all():
             raise ConfigError(f"{npz.name}: center: expected finite numbers, got NaN or infinity")
         if n and not (np.isfinite(size).all() and (size > 0).all()):
@@ -116,19 +127,21 @@ def load_posetrack(uri: str) -> dict[str, Boxes]:
     Raises:
         ConfigError: nothing there, or not of this layout.
     """
-    videos: dict[str, list[tuple[float, ...]]] = {}
+    videos: dict[str, list[tuple[int, int, list[float]]]] = {}
     for name, data in _files(uri, ".json"):
         try:
             content = json.loads(data)
             places = {image["id"]: posetrack_place(image) for image in content["images"]}
             for person in content["annotations"]:
                 video, frame = places[person["image_id"]]
-                if "bbox" not in person or "track_id" not in person:
+                if not person.get("bbox") or person.get("track_id") is None:
                     continue
                 x, y, w, h = map(float, person["bbox"])
-                row = (frame, int(person["track_id"]), x, y, x + w, y + h)
-                videos.setdefault(video, []).append(row)
-        except (ValueError, KeyError, TypeError) as error:
+                if not math.isfinite(x + y + w + h):
+                    raise ValueError(f"bbox {person['bbox']}")
+                place = (int(np.int64(frame)), int(np.int64(person["track_id"])))
+                videos.setdefault(video, []).append((*place, [x, y, x + w, y + h]))
+        except (ValueError, KeyError, TypeError, AttributeError, *_TOO_MUCH) as error:
             raise ConfigError(
                 f"{name}: expected json with images (id, file_name) and annotations (image_id, "
                 f"track_id, bbox), got {error!r}"
@@ -137,9 +150,10 @@ def load_posetrack(uri: str) -> dict[str, Boxes]:
         raise ConfigError(f"{redact_uri(uri)}: expected annotated people in .json files, got none")
     boxes = {}
     for video, rows in videos.items():
-        table = np.array(rows, dtype=np.float64)
-        frame_and_track = table[:, :2].astype(np.int64)
-        boxes[video] = Boxes(frame_and_track[:, 0], frame_and_track[:, 1], table[:, 2:])
+        frames, tracks, corners = zip(*rows, strict=True)
+        boxes[video] = Boxes(
+            np.array(frames, np.int64), np.array(tracks, np.int64), np.array(corners, np.float64)
+        )
     return boxes
 
 
@@ -202,6 +216,11 @@ def _emdb_sequence(content: Any, folder: str) -> EmdbSequence:
     is_good = np.array(content["good_frames_mask"], np.bool_).reshape(num)
     is_good[np.asarray(content["bboxes"]["invalid_idxs"], np.int64)] = False
     is_good &= np.isfinite(box).all(axis=1) & (box[:, 2:] > box[:, :2]).all(axis=1)
+    global_orient = to_camera @ root
+    betas = np.asarray(smpl["betas"], np.float32).reshape(-1)[:NUM_BETAS]
+    for what, array in (("root", global_orient), ("body", pose)):
+        if not (np.isfinite(array[is_good]).all() and np.isfinite(betas).all()):
+            raise ValueError(f"{what} or betas of a good frame are not finite")
     return EmdbSequence(
         name=str(content["name"]),
         gender=str(content["gender"]),
@@ -209,9 +228,9 @@ def _emdb_sequence(content: Any, folder: str) -> EmdbSequence:
         images=f"{folder}/images",
         is_good=is_good,
         bbox_xyxy_px=box,
-        global_orient=(to_camera @ root)[:, None].astype(np.float32),
+        global_orient=global_orient[:, None].astype(np.float32),
         body_pose=axis_angle_to_rotmat(pose).astype(np.float32),
-        betas=np.asarray(smpl["betas"], np.float32).reshape(-1)[:NUM_BETAS],
+        betas=betas,
     )
 
 
@@ -257,8 +276,11 @@ def load_ava_actions(uri: str, *, scored: bool) -> ActionBoxes:
             if len(row) == 2 or (not scored and row[6] == ""):
                 rows.append([0.0] * 6)
             else:
-                score = float(row[7]) if scored else 1.0
-                rows.append([*map(float, row[2:6]), int(row[6]), score])
+                action, score = int(row[6]), float(row[7]) if scored else 1.0
+                values = [*map(float, row[2:6]), score]
+                if not (1 <= action <= NUM_ACTIONS and all(map(math.isfinite, values))):
+                    raise ValueError("out of range")
+                rows.append([*values[:4], action, score])
         except (ValueError, IndexError) as error:
             raise ConfigError(
                 f"{redact_uri(uri)}, line {line}: expected video, second, x1, y1, x2, y2, action"
@@ -297,9 +319,11 @@ def _csv_rows(uri: str) -> Iterator[tuple[int, list[str]]]:
             text = file.read().decode()
         except UnicodeDecodeError as error:
             raise ConfigError(f"{redact_uri(uri)}: expected csv in UTF-8, got {error}") from error
-    for line, row in enumerate(csv.reader(io.StringIO(text)), start=1):
-        if row:
-            yield line, row
+    lines = enumerate(csv.reader(io.StringIO(text)), start=1)
+    try:
+        yield from ((line, row) for line, row in lines if row)
+    except csv.Error as error:
+        raise ConfigError(f"{redact_uri(uri)}: expected csv, got {error}") from error
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -317,7 +341,8 @@ def _files(uri: str, ending: str) -> Iterator[tuple[str, bytes]]:
             yield f"{redact_uri(uri)}/{key}", store.read_bytes(key)
 
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # of a member; ways to pack it
+# of a member; ways to pack it; encrypted; a header that claims more than there is memory
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, MemoryError)
 
 
 class _Npz:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fourdh_batch.config import EvaluateConfig
-from fourdh_batch.errors import ConfigError
+from fourdh_batch.errors import CheckpointError, ConfigError
 from fourdh_batch.evaluate.benchmarks import NOT_GIVEN, Figure, evaluate_benchmarks, predict
 from fourdh_batch.evaluate.pose import pa_mpjpe_mm
 from fourdh_batch.geometry import crop_square, crop_to_image
@@ -187,6 +187,8 @@ def test_actions_are_scored_when_predictions_are_given(tmp_path: Path, model: Hm
     assert rows["AVA", "mAP"].ours == 50
     assert rows["AVA", "mAP person movement"].ours == 100
     assert rows["AVA", "mAP"].note == "no second is left out"
+    none = rows["AVA", "mAP object manipulation"]
+    assert (none.ours, none.note) == (None, "no such action in the truth")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,33 @@ def test_names_of_images_never_lead_out_of_their_folder(
     given = EvaluateConfig(metadata=str(tmp_path), images_coco=str(images))
     with pytest.raises(ConfigError, match="expected a name below"):
         evaluated(model, given)
+
+
+@pytest.mark.parametrize(
+    ("keypoint", "said"),
+    [((1.0, 2.0, 0.5), "got none with confidence"), ((np.nan, 2.0, 1.0), "finite keypoints")],
+)
+def test_keypoints_that_give_no_figure_are_refused(
+    tmp_path: Path, model: Hmr2, images: Path, keypoint: tuple[float, ...], said: str
+) -> None:
+    np.savez(
+        tmp_path / "coco_val.npz",
+        imgname=NAMES[:1],
+        center=CENTER[:1],
+        scale=SIZE[:1],
+        extra_keypoints_2d=np.tile(keypoint, (1, 19, 1)),
+    )
+    given = EvaluateConfig(metadata=str(tmp_path), images_coco=str(images))
+    with pytest.raises(ConfigError, match=said):
+        evaluated(model, given)
+
+
+def test_a_model_that_gives_nan_is_said(body: SmplBody, images: Path) -> None:
+    broken = untrained_hmr2("tiny", body, device="cpu")
+    for parameter in broken.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="expected finite bodies"):
+        predict(broken, [str(images / NAMES[0])], np.array([[0, 0, 10, 10]], np.float32))
 
 
 def test_a_broken_or_missing_image_is_named(tmp_path: Path, model: Hmr2) -> None:

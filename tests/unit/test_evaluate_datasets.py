@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -105,6 +106,10 @@ def test_a_pickle_that_would_call_something_is_refused(
         ({"center": np.zeros((N, 3))}, r"center: expected \(3, 2\) numbers, got \(3, 3\)"),
         ({"scale": np.zeros(N)}, "scale: expected more than 0 px"),
         ({"scale": np.ones((N, 3))}, r"scale: expected \(3,\) or \(3, 2\)"),
+        ({"scale": np.ones((2, N))}, r"scale: expected \(3,\) or \(3, 2\), got \(2, 3\)"),
+        ({"scale": np.array(["a"] * N)}, "scale: expected numbers"),
+        ({"imgname": np.array("abc")}, r"imgname: expected \(N,\) names"),
+        ({"imgname": np.arange(N)}, r"imgname: expected \(N,\) names"),
         ({"extra_keypoints_2d": np.zeros((N, 24, 3))}, "extra_keypoints_2d: expected"),
     ],
 )
@@ -134,6 +139,21 @@ def test_a_damaged_member_is_said_clearly(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.npz: center: expected an array of numbers"):
         load_people(str(path))
+
+
+def test_what_a_hostile_npz_claims_is_said_clearly(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    claims = {"descr": "<f8", "fortran_order": False, "shape": (10**13, 2)}
+    np.lib.format.write_array_header_1_0(header, claims)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("imgname.npy", header.getvalue())
+    with pytest.raises(ConfigError, match="imgname: expected an array of numbers or text"):
+        load_people(str(tmp_path / "a.npz"))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[content.find(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ConfigError, match="encrypted"):
+        load_people(str(tmp_path / "a.npz"))
 
 
 def test_what_is_no_npz_is_said_clearly(tmp_path: Path) -> None:
@@ -168,6 +188,22 @@ def test_a_posetrack_of_another_layout_is_said_clearly(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a\.json: expected json with images"):
         load_posetrack(str(tmp_path))
 
+    def load(first: dict[str, Any]) -> Any:
+        content = json.loads(json.dumps(POSETRACK))
+        content["annotations"][0] |= first
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        return load_posetrack(str(tmp_path))["000342_mpii_test"]
+
+    for nothing in ({"bbox": []}, {"bbox": None}, {"track_id": None}):
+        assert load(nothing).track_id.tolist() == [7]
+    assert load({"track_id": 2**62 + 1}).track_id.tolist() == [2**62 + 1, 7]  # no double has it
+    for bad in ({"bbox": [float("nan")] * 4}, {"bbox": [1, 2]}, {"track_id": 10**30}):
+        with pytest.raises(ConfigError, match="expected json with images"):
+            load(bad)
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="expected json with images"):
+        load_posetrack(str(tmp_path))
+
 
 # --- EMDB --------------------------------------------------------------------------------------
 
@@ -193,6 +229,11 @@ def test_an_emdb_of_another_layout_is_said_clearly(tmp_path: Path) -> None:
     write_emdb(tmp_path / "a", emdb(smpl={}))
     with pytest.raises(ConfigError, match=r"_data\.pkl: expected the fields of EMDB"):
         list(load_emdb(str(tmp_path / "a")))
+    nan = emdb()
+    nan["smpl"]["poses_body"][3] = np.nan
+    write_emdb(tmp_path / "c", nan)
+    with pytest.raises(ConfigError, match="good frame are not finite"):
+        list(load_emdb(str(tmp_path / "c")))
     write_emdb(tmp_path / "b", Hostile())
     with pytest.raises(CheckpointError, match="print"):
         list(load_emdb(str(tmp_path / "b")))
@@ -224,4 +265,11 @@ def test_an_ava_line_of_another_layout_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("v,902,0.1,0.1,0.3,0.9,12,0.5\nv,902,left,0.1,0.3,0.9,12,0.5\n")
     with pytest.raises(ConfigError, match=r"a\.csv, line 2: expected video, second"):
+        load_ava_actions(str(path), scored=True)
+    for bad in ("0,0,1,1,0,0.5", "0,0,1,1,81,0.5", "0,0,1,1,12,nan", "0,inf,1,1,12,0.5"):
+        path.write_text(f"v,902,{bad}\n")
+        with pytest.raises(ConfigError, match="line 1: expected video, second"):
+            load_ava_actions(str(path), scored=True)
+    path.write_text("v" * 200_000)
+    with pytest.raises(ConfigError, match=r"a\.csv: expected csv"):
         load_ava_actions(str(path), scored=True)
