@@ -48,9 +48,8 @@ def by_frame(*frame_indices: I64) -> Iterator[tuple[I64, ...]]:
     orders = [np.argsort(frames, kind="stable") for frames in frame_indices]
     frames = np.unique(np.concatenate(frame_indices)) if frame_indices else np.zeros(0, np.int64)
     bounds = [
-        np.searchsorted(frame_index[order], np.append(frames, frames[-1] + 1))
+        np.append(np.searchsorted(frame_index[order], frames), len(order))
         for frame_index, order in zip(frame_indices, orders, strict=True)
-        if len(frames)
     ]
     for i in range(len(frames)):
         yield tuple(

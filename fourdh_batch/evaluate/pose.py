@@ -183,13 +183,14 @@ def pck_distances(
         longer_side_px: (N,) of the person's box before it grows to the aspect of the crop.
 
     Returns:
-        (N, K); NaN where the keypoint does not count.
+        (N, K); NaN where the keypoint does not count, infinite where it is not predicted (NaN).
     """
     predicted, truth = _pair(predicted_px, truth_px)
     side = np.asarray(longer_side_px, np.float64)
     if not (side > 0).all():
         raise ValueError(f"expected boxes larger than 0 px, got {side.min()}")
     distance: F64 = np.linalg.norm(predicted - truth, axis=-1) / side[:, None]
+    distance[~np.isfinite(distance)] = np.inf
     distance[~(np.asarray(confidence) > PCK_MIN_CONFIDENCE)] = np.nan
     return distance
 
@@ -201,7 +202,7 @@ def pck(distances: F64, thresholds: Sequence[float] = PCK_THRESHOLDS) -> Pck:
         distances: (N, K) of `pck_distances`, of a whole data set.
         thresholds: S fractions.
     """
-    counts = np.isfinite(distances)
+    counts = ~np.isnan(distances)
     num = counts.sum(axis=0)  # (K,)
     per_keypoint = np.full((len(thresholds), distances.shape[1]), np.nan)
     for row, threshold in zip(per_keypoint, thresholds, strict=True):

@@ -42,7 +42,7 @@ from fourdh_batch.evaluate.pose import (
 from fourdh_batch.evaluate.tracking import PROTOCOLS, TrackingScores, tracking_scores
 from fourdh_batch.storage import open_read, redact_uri
 from fourdh_batch.tables.reader import read_arrow, smpl_arrays
-from fourdh_batch.tables.schema import video_ids_of
+from fourdh_batch.tables.schema import arrow_schema, video_ids_of
 from fourdh_batch.types import F32, F64, I64, NUM_KEYPOINTS, Bool
 
 if TYPE_CHECKING:  # imports torch
@@ -241,7 +241,10 @@ def _read_truth(uri: str, notes: list[str]) -> tuple[Any, list[str]]:
         with open_read(uri) as file:
             try:
                 parquet = pq.ParquetFile(file)
-                there = [name for name in known if name in parquet.schema_arrow.names]
+                names = parquet.schema_arrow.names
+                if twice := sorted(name for name in known if names.count(name) > 1):
+                    raise SchemaError(f"{redact_uri(uri)}: {twice[0]}: expected one such column")
+                there = [name for name in known if name in names]
                 table = parquet.read(columns=there)
                 named = video_ids_of(parquet.schema_arrow)
             except pa.ArrowInvalid as error:
@@ -259,8 +262,13 @@ def _read_truth(uri: str, notes: list[str]) -> tuple[Any, list[str]]:
     for name in table.column_names:
         if table[name].null_count:
             raise SchemaError(f"{redact_uri(uri)}: {name}: expected no null, got some")
+    table = _plain_types(uri, table)
+    for name in table.column_names:
+        array = smpl_arrays(table.select([name])).get(name)
+        if array is not None and not np.isfinite(array).all():
+            raise SchemaError(f"{redact_uri(uri)}: {name}: expected finite numbers, got others")
     box = smpl_arrays(table.select(["bbox_xyxy_px"]))["bbox_xyxy_px"]
-    is_box = np.isfinite(box).all(axis=1) & (box[:, 2:] > box[:, :2]).all(axis=1)
+    is_box = (box[:, 2:] > box[:, :2]).all(axis=1)
     if not is_box.all():
         row = int(np.argmin(is_box))
         where = f"video {table['video_id'][row]}, frame {table['frame_index'][row]}"
@@ -268,6 +276,30 @@ def _read_truth(uri: str, notes: list[str]) -> tuple[Any, list[str]]:
             f"{redact_uri(uri)}: {where}: expected a box with an extent, got {box[row].tolist()}"
         )
     return table, named
+
+
+def _plain_types(uri: str, table: Any) -> Any:
+    """Texts and whole numbers in the types of `tracks`, however they are encoded.
+
+    Raises:
+        SchemaError: a column holds something else, such as fractions or numbers as text.
+    """
+    for i, column in enumerate(table.schema):
+        wanted = arrow_schema("tracks").field(column.name).type
+        if column.type == wanted or not (pa.types.is_string(wanted) or pa.types.is_int64(wanted)):
+            continue
+        is_dictionary = pa.types.is_dictionary(column.type)
+        got = column.type.value_type if is_dictionary else column.type
+        is_text = pa.types.is_string(got) or pa.types.is_large_string(got)
+        try:
+            if not (pa.types.is_integer(got) if pa.types.is_int64(wanted) else is_text):
+                raise pa.ArrowInvalid(str(column.type))
+            table = table.set_column(i, column.name, table[column.name].cast(wanted))
+        except pa.ArrowInvalid as error:
+            raise SchemaError(
+                f"{redact_uri(uri)}: {column.name}: expected {wanted}, got {error}"
+            ) from error
+    return table
 
 
 def _finished_videos(
@@ -314,9 +346,10 @@ def _by_video(rows: Any, names: Iterable[str]) -> dict[str, Any]:
     """The rows of each name, also where there are none."""
     order = pc.sort_indices(rows, sort_keys=[("video_id", "ascending")])
     rows = rows.take(order)
-    ids = np.asarray(rows["video_id"].to_pylist(), dtype=object)
-    starts = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist(), len(ids)]
-    spans = {ids[a]: (a, b) for a, b in pairwise(starts) if b > a}
+    ids = rows["video_id"].combine_chunks().dictionary_encode()
+    code = ids.indices.to_numpy()
+    starts = [0, *(np.flatnonzero(code[1:] != code[:-1]) + 1).tolist(), len(code)]
+    spans = {ids[a].as_py(): (a, b) for a, b in pairwise(starts) if b > a}
     empty = (0, 0)
     return {
         name: rows.slice(a, b - a)

@@ -118,6 +118,15 @@ def test_pck_counts_strictly_smaller_distances_of_confident_keypoints() -> None:
     assert result.num_keypoints == 3
 
 
+def test_a_keypoint_that_is_not_predicted_is_a_miss() -> None:
+    truth = np.zeros((2, 2, 2))
+    predicted = truth.copy()
+    predicted[0, 0], predicted[1, 1, 0] = np.nan, np.inf
+    confidence = np.array([[1, 1], [1, 0]])
+    result = pck(pck_distances(predicted, truth, confidence, np.array([100, 100])))
+    np.testing.assert_array_equal(result.per_keypoint, [[0.5, 1], [0.5, 1]])
+
+
 def test_pck_without_a_single_keypoint_is_nan() -> None:
     nothing = pck(pck_distances(*[np.zeros((1, 2, 2))] * 2, np.zeros((1, 2)), np.ones(1)))
     assert np.isnan(nothing.mean).all()

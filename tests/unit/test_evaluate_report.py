@@ -219,6 +219,33 @@ def test_a_truth_may_be_written_by_pandas(tmp_path: Path) -> None:
         evaluate(root, str(tmp_path / "short.parquet"))
 
 
+def test_a_truth_of_other_types_is_refused_unless_they_mean_the_same(tmp_path: Path) -> None:
+    root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4")})
+    true = people("a.mp4")
+
+    def score(name: str, values: Any) -> Any:
+        table = true.set_column(true.column_names.index(name), name, values)
+        return evaluate(root, write_truth(tmp_path / "t.parquet", table)).overall.pose.matched
+
+    assert score("video_id", true["video_id"].combine_chunks().dictionary_encode()) == 1
+    assert score("state", true["state"].cast(pa.large_string())) == 1
+    assert score("frame_index", true["frame_index"].cast(pa.int32())) == 1
+    points = np.stack(true["keypoints_3d_m"].to_numpy())
+    points[3, 7] = np.nan
+    for name, values, said in (
+        ("track_id", true["track_id"].cast(pa.string()), "expected int64, got string"),
+        ("track_id", pa.array([2**64 - 1] * 16, pa.uint64()), "expected int64, got"),
+        ("frame_index", true["frame_index"].cast(pa.float64()), "expected int64, got double"),
+        ("video_id", pa.array([1] * 16), "expected string, got int64"),
+        ("keypoints_3d_m", pa.array(points.tolist()), "expected finite numbers"),
+    ):
+        with pytest.raises(SchemaError, match=f"{name}: {said}"):
+            score(name, values)
+    twice = true.append_column("state", true["state"])
+    with pytest.raises(SchemaError, match="state: expected one such column"):
+        evaluate(root, write_truth(tmp_path / "t.parquet", twice))
+
+
 def test_mistakes_are_said_clearly(tmp_path: Path) -> None:
     root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4")})
     true = people("a.mp4")

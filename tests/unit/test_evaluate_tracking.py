@@ -35,7 +35,7 @@ def walk(tracks: Iterable[int], frames: int = 10, shift: float = 0) -> Boxes:
 
 @needs_trackeval
 @given(rows=st.sets(st.tuples(st.integers(0, 5), st.integers(0, 4)), min_size=1), data=st.randoms())
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @pytest.mark.parametrize("protocol", tracking.PROTOCOLS)
 def test_perfect_tracks_score_one_whatever_their_numbers(
     protocol: str, rows: set[tuple[int, int]], data: Random
@@ -124,6 +124,9 @@ def test_matching_takes_the_best_sum_and_no_pair_below_the_limit() -> None:
     assert iou == pytest.approx([90 / 110] * 2)
     assert len(match_boxes(truth, Boxes.empty())[0]) == 0
     assert len(match_boxes(Boxes.empty(), Boxes.empty())[0]) == 0
+    frames = np.array([2**63 - 1, 2**63 - 2])
+    last = Boxes(frames, np.array([1, 1]), np.array([[0.0, 0, 9, 9]] * 2))
+    assert len(match_boxes(last, last)[0]) == 2
 
 
 def test_whoever_finds_a_hidden_person_is_not_wrong() -> None:
