@@ -17,7 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 import fourdh_batch as fb
-from fourdh_batch.cli import USAGE, run_job, show, show_scores
+from fourdh_batch.cli import FAIL, USAGE, run_job, show, show_scores
+from fourdh_batch.errors import FourdhError
 from fourdh_batch.evaluate.report import evaluate
 from fourdh_batch.synthetic.corpus import make_corpus
 from fourdh_batch.synthetic.plans import draw_plan
@@ -43,7 +44,11 @@ def main(words: list[str]) -> int:
     except OSError as error:
         print(f"{folder}: expected a folder to write to: {error.strerror}", file=sys.stderr)
         return USAGE
-    return demo(folder)
+    try:
+        return demo(folder)
+    except FourdhError as error:  # TrackEval is not installed, say
+        print(f"error: {error}", file=sys.stderr)
+        return FAIL
 
 
 def demo(folder: Path) -> int:

@@ -129,7 +129,7 @@ def make_corpus(
 
 
 def _check(name: str, plan: ClipPlan, num_recordings: int, num_frames: int | None) -> None:
-    if Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith("."):
         raise ValueError(f"clips: expected plain names, got {name!r}")
     length = plan.num_frames if num_frames is None else num_frames
     if length < len(plan.shots):

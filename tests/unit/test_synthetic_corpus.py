@@ -417,8 +417,9 @@ def test_only_the_empty_clip_still_gives_tables(body: SmplBody, tmp_path: Path) 
 
 
 def test_wrong_wishes_are_refused(body: SmplBody, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected plain names"):
-        make_corpus(tmp_path, body, clips={"../a": CLIPS["cut"]})
+    for name in ("../a", "", ".a"):
+        with pytest.raises(ValueError, match="expected plain names"):
+            make_corpus(tmp_path, body, clips={name: CLIPS["cut"]})
     with pytest.raises(ValueError, match="even sizes"):
         make_corpus(tmp_path, body, image_size_wh=(65, 48))
     with pytest.raises(ValueError, match="2 shots, got 1 frames"):
