@@ -754,7 +754,7 @@ def benchmarks_main(yaml: Path, words: Sequence[str], *, description: str) -> in
 
 
 def _print_figures(figures: Sequence[Figure]) -> None:
-    console = Console()
+    console = _console()
     for section in dict.fromkeys(figure.section for figure in figures):
         table = _table("data", "measure", "ours", "paper", "", title=section)
         for figure in figures:
@@ -942,7 +942,7 @@ def _print_summary(report: RunReport) -> None:
     table.add_row("weights", summary["weights"])
     table.add_row("seconds", f"{report.seconds:.1f}")
     table.add_row("tables", summary["output"])
-    Console().print(table)
+    _console().print(table)
 
 
 @contextmanager
@@ -970,6 +970,11 @@ def write_report(report: Report, to: str) -> None:
     store.write_bytes(name, sink.getvalue())
 
 
+def _console() -> Console:
+    """Standard output on which names stand as they are: `[/x]` and `:x:` are no markup."""
+    return Console(markup=False, emoji=False)
+
+
 def _table(*headers: str, **options: Any) -> Table:
     """A table that folds what a narrow terminal has no room for, instead of cutting it off."""
     return Table(*(Column(header, overflow="fold") for header in headers), **options)
@@ -977,7 +982,7 @@ def _table(*headers: str, **options: Any) -> Table:
 
 def show_scores(report: Report) -> None:
     """Print what `evaluate` found: together, then video by video."""
-    console, overall = Console(), report.overall
+    console, overall = _console(), report.overall
     num_missing = len(report.missing)
     table = _table("", "", show_header=False, title=f"{report.predictions} against {report.truth}")
     table.add_row("videos", f"{len(report.per_video)}, of them {num_missing} missing")
@@ -1054,7 +1059,7 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def _print_plan(found: DryRun) -> None:
-    console = Console()
+    console = _console()
     table = _table("", "", show_header=False, title="what a run would do")
     table.add_row("corpus", f"{found.num_videos} videos in {found.num_shards} shards")
     table.add_row("up to date", f"{found.shards_up_to_date} shards")

@@ -96,6 +96,16 @@ def test_nothing_is_cut_off_in_a_narrow_terminal_and_left_out_videos_are_named(
     assert "not scored: extra.mp4" in result.output
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are(tmp_path: Path) -> None:
+    name = "walk [/x] [final] :dog:.mp4"
+    root = write_root(str(tmp_path / "[bold] root"), {name: people(name)})
+    truth = write_truth(tmp_path / "t.parquet", people(name))
+    result = runner.invoke(app, ["evaluate", root, truth], env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.exception
+    assert name in result.output
+    assert "[bold] root" in result.output
+
+
 def test_a_missing_or_failed_video_is_all_misses_and_named(tmp_path: Path) -> None:
     root = write_root(
         str(tmp_path / "root"),
