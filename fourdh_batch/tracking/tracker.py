@@ -389,11 +389,17 @@ class PhalpTracker:
             cost_terms(prediction.location, prediction.pose, location, pose)
         )
         # Boxes before a cut say nothing about those behind it.
-        if self.settings.box_weight and not frame.is_shot_start:
-            last, found = self._tracks.bbox_xyxy_px, frame.bbox_xyxy_px[row]
-            cost *= box_factor(last, found, self.settings.box_weight)
+        weight = 0.0 if frame.is_shot_start else self.settings.box_weight
+        in_boxes = box_factor(self._tracks.bbox_xyxy_px, frame.bbox_xyxy_px[row], weight)
+
+        def cheapest() -> Assignment:
+            # The gate is for the published cost, boxes only choose between pairs within it.
+            refused = np.full_like(cost, np.inf)
+            weighed = np.multiply(cost, in_boxes, out=refused, where=cost <= gate)
+            return assign(weighed, gate * np.exp(weight), solver_order=solver_order)
+
         if self._texture is None:
-            return assign(cost, gate, solver_order=solver_order)
+            return cheapest()
 
         is_open = cost <= gate  # pairs whose cost lacks its texture and may need it
         track_id, texture = prediction.track_id, self._texture
@@ -411,7 +417,7 @@ class PhalpTracker:
                 sure = cost[track, detection] * texture_factor(bound) <= gate
                 is_open[track[sure], detection[sure]] = False
         while True:
-            match = assign(cost, gate, solver_order=solver_order)
+            match = cheapest()
             needed = is_open[match.track, match.detection]
             if needed.any():
                 complete(match.track[needed], match.detection[needed])
