@@ -33,6 +33,8 @@ where there is one, the shard and the frame, what was expected and what came.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from typing import ClassVar
 
 
@@ -172,3 +174,8 @@ class DecodeStalledError(VideoError):
 
 class WorkerDiedError(VideoError):
     code = "WORKER_DIED"
+
+
+# Of Python's readers of npz: a damaged member; packed in an unknown way; encrypted; a header that
+# claims more than there is memory.
+DAMAGED_NPZ = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, MemoryError)

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fourdh_batch.errors import CheckpointError, ConfigError
+from fourdh_batch.errors import DAMAGED_NPZ, CheckpointError, ConfigError
 from fourdh_batch.evaluate.matching import Boxes
 from fourdh_batch.geometry import axis_angle_to_rotmat
 from fourdh_batch.models.detector_given import posetrack_place
@@ -341,10 +340,6 @@ def _files(uri: str, ending: str) -> Iterator[tuple[str, bytes]]:
             yield f"{redact_uri(uri)}/{key}", store.read_bytes(key)
 
 
-# of a member; ways to pack it; encrypted; a header that claims more than there is memory
-_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, MemoryError)
-
-
 class _Npz:
     """Some arrays of an npz; the others are never decoded."""
 
@@ -384,7 +379,7 @@ class _Npz:
                 return np.asarray(load_restricted_pickle(stream))
             stream.seek(0)
             return np.asarray(np.load(stream, allow_pickle=False))
-        except (*_DAMAGED, ValueError, KeyError, EOFError, CheckpointError) as error:
+        except (*DAMAGED_NPZ, ValueError, KeyError, EOFError, CheckpointError) as error:
             raise ConfigError(
                 f"{self.name}: {field}: expected an array of numbers or text, got {error}"
             ) from error

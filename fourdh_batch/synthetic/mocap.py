@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import logging
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation, Slerp
 from torch import Tensor
 
-from fourdh_batch.errors import MotionError
+from fourdh_batch.errors import DAMAGED_NPZ, MotionError
 from fourdh_batch.storage import is_local, list_objects, redact_uri
 from fourdh_batch.synthetic.gestures import rotation_matrices
 from fourdh_batch.synthetic.motion import Body, Motion
@@ -192,10 +190,6 @@ def load_recording(path: str | Path, *, up: UpAxis | None = None) -> Recording:
 # ---------------------------------------------------------------- npz
 
 
-# of a member; ways to pack it; encrypted; a header that claims more than there is memory
-_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, MemoryError)
-
-
 @contextmanager
 def _npz(path: Path) -> Iterator[NpzFile]:
     """Raises: MotionError: it is none, or damaged."""
@@ -206,7 +200,7 @@ def _npz(path: Path) -> Iterator[NpzFile]:
                 raise ValueError("a single array")
             with stored:
                 yield stored
-    except (ValueError, EOFError, KeyError, *_DAMAGED) as error:
+    except (ValueError, EOFError, KeyError, *DAMAGED_NPZ) as error:
         raise MotionError(f"{path}: expected an .npz of plain arrays, got {error}") from error
 
 

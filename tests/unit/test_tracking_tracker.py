@@ -222,6 +222,13 @@ def test_boxes_tell_apart_whom_the_network_sees_twice(
     assert got.detection_track_id.tolist() == track_id
 
 
+def test_the_gate_is_for_the_cost_without_boxes() -> None:
+    tracker = PhalpTracker(TrackerSettings(gate=1.5, box_weight=2.0))
+    run(tracker, *[[box(300)]] * 6)
+    elsewhere = replace(frame_of_boxes(6, [box(300)]), bbox_xyxy_px=np.float32([box(900)]))
+    assert tracker.update(elsewhere).detection_track_id.tolist() == [1]
+
+
 # ---------------------------------------------------------------- what is refused
 
 
