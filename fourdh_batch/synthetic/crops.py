@@ -40,9 +40,11 @@ VIEWS_PER_PLACE = 4
 
 GRAIN_CROPS = 12
 SOFT = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])[None, None] / 16
-COMPANION_SHARE = 0.3  # of the crops with a second person in front or behind
+COMPANION_SHARE = 0.4  # of the crops with a second person in front or behind
+PASSING_SHARE = 0.5  # of those: one hides the other, as where people pass each other
 THING_SHARE = 0.3  # with something in front
-WAIST_SHARE = 0.12  # that end somewhere between waist and knees
+WAIST_SHARE = 0.12  # whose picture ends somewhere between waist and knees
+SIDE_SHARE = 0.06  # whose picture ends somewhere within the box, left or right
 HIDDEN_BY_M = 0.25  # what is so much nearer than a keypoint is not the person's own skin
 
 
@@ -204,10 +206,12 @@ class CropStudio:
         place = torch.from_numpy(np.stack([_place(rng) for rng in rngs])).float()
         cam_t = (place - joints[:, 0])[:, None]  # the pelvis stands at `place`
         vertices_cam, keypoints_cam = vertices + cam_t, keypoints + cam_t
-        center, side = self._boxes(vertices_cam, joints + cam_t, rngs)
+        center, side, ends = self._boxes(vertices_cam, joints + cam_t, rngs)
 
         shaded = self._shade(self._colours[outfit], normals, turn, rngs)
         rgb, depth = self._draw(vertices_cam, shaded, center, side, place, rngs)
+        ends = (ends.view(-1, 2, 2) - center[:, None]) / side[:, None, None]
+        self._blacken(rgb, depth, ends.numpy())
         where = (keypoints_cam[..., :2] / keypoints_cam[..., 2:] - center[:, None]) / side[
             :, None, None
         ]  # (B, 44, 2) widths of the square
@@ -228,16 +232,31 @@ class CropStudio:
 
     def _boxes(
         self, vertices_cam: Tensor, joints_cam: Tensor, rngs: list[np.random.Generator]
-    ) -> tuple[Tensor, Tensor]:
-        """Centre (B, 2) and side (B,) of the crops on the plane one metre before the camera."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Centre (B, 2) and side (B,) of the crops on the plane one metre before the camera.
+
+        And (B, 4) x0, y0, x1, y1 where the pictures end that they are cut from.
+        """
         pixels = vertices_cam[..., :2] / vertices_cam[..., 2:]
         box = torch.cat([pixels.amin(dim=1), pixels.amax(dim=1)], dim=1).numpy()
         legs = (joints_cam[:, (1, 4), 1] / joints_cam[:, (1, 4), 2]).numpy()  # hip and knee
+        ends = np.tile(np.array([-np.inf, -np.inf, np.inf, np.inf], box.dtype), (len(box), 1))
         for i, rng in enumerate(rngs):
-            if rng.random() < WAIST_SHARE:
+            kind = rng.random()
+            if kind < WAIST_SHARE:
                 cut = legs[i, 0] + rng.uniform(-0.2, 1.0) * (legs[i, 1] - legs[i, 0])
-                if cut > box[i, 1] + 0.4 * (box[i, 3] - box[i, 1]):
-                    box[i, 3] = min(box[i, 3], cut)
+                if box[i, 1] + 0.4 * (box[i, 3] - box[i, 1]) < cut < box[i, 3]:
+                    ends[i, 3] = cut
+            elif kind < WAIST_SHARE + SIDE_SHARE:
+                gone = rng.uniform(0.1, 0.5) * (box[i, 2] - box[i, 0])
+                if rng.random() < 0.5:
+                    ends[i, 0] = box[i, 0] + gone
+                else:
+                    ends[i, 2] = box[i, 2] - gone
+        box[:, :2], box[:, 2:] = (
+            np.maximum(box[:, :2], ends[:, :2]),
+            np.minimum(box[:, 2:], ends[:, 2:]),
+        )
         center, side = crop_square(box * 1000)
         scale = np.exp([rng.normal(0.05, 0.13) for rng in rngs]).clip(0.75, 1.45)
         shift = np.stack([rng.normal(0, 0.05, 2).clip(-0.12, 0.12) for rng in rngs])
@@ -245,7 +264,20 @@ class CropStudio:
         return (
             torch.from_numpy(moved / 1000).float(),
             torch.from_numpy(side * scale / 1000).float(),
+            torch.from_numpy(ends).float(),
         )
+
+    def _blacken(self, rgb: U8, depth: Tensor, ends: F32) -> None:
+        """Takes away what is beyond the `ends` (B, 2, 2), in widths of the square; depth is 0."""
+        height, width = self._size_hw
+        x = (np.arange(width) - width / 2) / height  # index H / 2 is the centre, as in `_draw`
+        y = (np.arange(height) - height / 2) / height
+        for i in np.flatnonzero(np.isfinite(ends).any(axis=(1, 2))):
+            (x0, y0), (x1, y1) = ends[i]
+            beyond = ((x < x0) | (x > x1))[None] | ((y < y0) | (y > y1))[:, None]
+            rgb[i][beyond] = 0
+            fine = beyond.repeat(self._fine, axis=0).repeat(self._fine, axis=1)
+            depth[i][torch.from_numpy(fine)] = 0.0
 
     def _shade(
         self, colours: Tensor, normals: Tensor, turn: F64, rngs: list[np.random.Generator]
@@ -273,10 +305,12 @@ class CropStudio:
         for i, rng in enumerate(rngs):
             if rng.random() < COMPANION_SHARE:  # a neighbour of the block comes along
                 j = (i + 1 + int(rng.integers(BLOCK - 1))) % BLOCK
-                away = torch.tensor(
-                    [rng.choice([-1, 1]) * rng.uniform(0.25, 0.8), 0.0, rng.uniform(-0.7, 0.9)]
-                ).float()
-                moved = vertices_cam[j] - place[j] + place[i] + away
+                across, nearer = rng.choice([-1, 1], 2)
+                if rng.random() < PASSING_SHARE:
+                    away = across * rng.uniform(0, 0.6), 0.0, nearer * rng.uniform(0.4, 1.5)
+                else:
+                    away = across * rng.uniform(0.25, 0.8), 0.0, rng.uniform(-0.7, 0.9)
+                moved = vertices_cam[j] - place[j] + place[i] + torch.tensor(away).float()
                 meshes.append(moved[None])
                 colours.append(shaded[j][None])
                 owner.append(i)

@@ -63,6 +63,7 @@ from fourdh_batch.view.overlay import contact_sheet, draw_frame
 from tests.benchmark.accuracy_input import TrueBodies, held_out_corpus, write_perturbed_boxes
 from tests.benchmark.accuracy_trackers import (
     ALL_CUES,
+    SORT_MAX_AGE,
     WITHOUT,
     OneCueLessModels,
     track_by_overlap,
@@ -73,7 +74,9 @@ DEFAULTS = {
     **{"hmr": MINI, "texture": "", "predictor": "", "detector": "", "motion": ""},
     **{"output": "accuracy_output", "clips": "14", "frames": "90", "height": "288", "seed": "1000"},
 }
-OVERLAP = "overlap alone"
+OVERLAP = "overlap alone"  # with the memory of PHALP' for people who are out of sight
+SHORT_OVERLAP = "overlap alone, short"  # with that of SORT
+BASELINES = {OVERLAP: "overlap", SHORT_OVERLAP: "short overlap"}
 ALL, WITHOUT_CUTS = "all clips", "clips without cuts"
 TARGETS = {"hota": 0.75, "idf1": 0.90, "mota": 0.90}  # at IoU 0.5
 MAX_SWITCHES = 0.5  # of those of overlap alone
@@ -253,7 +256,7 @@ class _Set:
         models, wanted = OneCueLessModels(self.config), self.config.tracker
         missing = {"texture": not wanted.texture_weights, "boxes": not wanted.box_weight}
         names = [name for name in WITHOUT if not missing.get(name)]
-        followed: Followed = {name: {} for name in (ALL_CUES, *names, OVERLAP)}
+        followed: Followed = {name: {} for name in (ALL_CUES, *names, *BASELINES)}
         spent = dict.fromkeys(("the job", *names), 0.0)
         store = Store(self.config.output)
         for clip in self.clips:
@@ -275,7 +278,10 @@ class _Set:
                 models.without = name
                 followed[name][clip.video_id] = self._retrack(video, engine.results, card, models)
                 spent[name] += time.perf_counter() - start
-            followed[OVERLAP][clip.video_id] = track_by_overlap(engine.results, self.config)
+            for baseline, age in ((OVERLAP, wanted.max_age), (SHORT_OVERLAP, SORT_MAX_AGE)):
+                followed[baseline][clip.video_id] = track_by_overlap(
+                    engine.results, n_init=wanted.n_init, max_age=age
+                )
         print("seconds:", {name: round(seconds, 1) for name, seconds in spent.items()})
         return followed, "true bodies; " * self.with_true_bodies + card.cues
 
@@ -469,7 +475,7 @@ def _print(
         for protocol, of_protocol in of_group.items():
             print(f"\nTrackers, {group}, protocol {protocol}{note}")
             rows = {
-                name if name in (ALL_CUES, OVERLAP) else f"- {name}": _row(all_)
+                name if name in (ALL_CUES, *BASELINES) else f"- {name}": _row(all_)
                 for name, (_, all_) in of_protocol.items()
             }
             print(_whole(pd.DataFrame(rows).T).to_string())
@@ -478,7 +484,7 @@ def _print(
     lines = {}
     for clip in clips:
         others = {
-            ("overlap" if name == OVERLAP else f"-{name}"): videos[clip.video_id].id_switches
+            BASELINES.get(name, f"-{name}"): videos[clip.video_id].id_switches
             for name, (videos, _) in of_protocol.items()
             if name != ALL_CUES
         }

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from fourdh_batch.config import JobConfig
 from fourdh_batch.evaluate.matching import Boxes
 from fourdh_batch.geometry import box_iou
 from fourdh_batch.pipeline.following import TrackerModels
@@ -20,6 +19,7 @@ from fourdh_batch.types import F32, F64, I64, FrameDetections
 ALL_CUES = "all cues"
 WITHOUT = ("pose", "location", "texture", "prediction", "boxes")
 MIN_IOU = 0.3  # of a pair, as in SORT
+SORT_MAX_AGE = 1  # frames that a track of SORT survives unseen (its T_Lost)
 
 
 class OneCueLess(PhalpTracker):
@@ -67,13 +67,12 @@ class OneCueLessModels(TrackerModels):
         return tracker
 
 
-def track_by_overlap(results: Sequence[ChunkResult], config: JobConfig) -> Boxes:
+def track_by_overlap(results: Sequence[ChunkResult], *, n_init: int, max_age: int) -> Boxes:
     """Identities by the overlap with each track's last box, which stays where it was.
 
-    The life of a track is that of PHALP': `n_init` detections in a row confirm it, earlier ones
-    count then, and it survives `max_age` frames unseen.
+    As in PHALP' `n_init` detections in a row confirm a track, earlier ones count then, and it
+    survives `max_age` frames unseen.
     """
-    n_init, max_age = config.tracker.n_init, config.tracker.max_age
     tracks: list[_Track] = []
     every: list[_Track] = []
     for result in results:

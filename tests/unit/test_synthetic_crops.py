@@ -109,6 +109,25 @@ def test_most_people_fill_their_crop_and_some_are_hidden(blocks: list[Crops]) ->
     assert (share > 0.97).any()
 
 
+def test_some_pictures_end_within_the_box_and_are_black_beyond(body: SmplBody) -> None:
+    below, beside = 0, 0
+    for made in make(body, count=4):
+        black = (made.rgb == 0).all(axis=3)
+        rows, columns = black.all(axis=2), black.all(axis=1)
+        assert not rows[:, 0].any()  # nobody is cut off at the head
+        below += int(rows[:, -1].sum())
+        beside += int((columns[:, 0] | columns[:, -1]).sum())
+        for i in np.flatnonzero(rows.any(axis=1) | columns.any(axis=1)):
+            x = made.keypoints_2d[i, :, 0] * SIZE_HW[0] + SIZE_HW[1] / 2
+            y = made.keypoints_2d[i, :, 1] * SIZE_HW[0] + SIZE_HW[0] / 2
+            x, y = (v[made.keypoint_visible[i]].round().astype(int) for v in (x, y))
+            inside = (x >= 0) & (x < SIZE_HW[1]) & (y >= 0) & (y < SIZE_HW[0])
+            shown = ~(rows[i][y[inside]] | columns[i][x[inside]])
+            assert shown.all()
+    assert 4 <= below <= 40, below  # of 128
+    assert 2 <= beside <= 20, beside
+
+
 def test_a_training_goes_on_from_any_crop(blocks: list[Crops], body: SmplBody) -> None:
     (rest,) = make(body, start=BLOCK + 5)
     assert rest.index[0] == BLOCK + 5
