@@ -113,19 +113,37 @@ def make_corpus(
         _check(name, plan, len(recordings), num_frames)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    ids = [_video_id(name) for name in clips]
+    schema = with_video_ids(arrow_schema("tracks").empty_table(), ids).schema
     made: list[Clip] = []
-    truth: list[pa.Table] = []
-    with _one_thread():
+    with (
+        _one_thread(),
+        _written(folder / "boxes.parquet", BOXES) as boxes,
+        _written(folder / "truth.parquet", schema) as truth,
+    ):
         studio = _Studio(body, seed, image_size_wh, recordings)
         for name, plan in clips.items():
             clip, rows = studio.make(folder, name, plan, num_frames)
             made.append(clip)
-            truth.append(rows)
-    table = pa.concat_tables([arrow_schema("tracks").empty_table(), *truth])
-    table = with_video_ids(table, [clip.video_id for clip in made])
-    pq.write_table(_boxes(table), folder / "boxes.parquet")
-    pq.write_table(table, folder / "truth.parquet")
+            truth.write_table(rows)
+            boxes.write_table(_boxes(rows))
     return made
+
+
+def _video_id(name: str) -> str:
+    return f"{name}.mp4"
+
+
+@contextmanager
+def _written(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A table that is written clip by clip and gets its name when it is whole."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with pq.ParquetWriter(part, schema) as writer:
+            yield writer
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _check(name: str, plan: ClipPlan, num_recordings: int, num_frames: int | None) -> None:
@@ -211,7 +229,7 @@ class _Studio:
             person: self._person(outfit, rng) for person, outfit in zip(cast, outfits, strict=True)
         }
         starts = [round(i * length / len(plan.shots)) for i in range(len(plan.shots) + 1)]
-        video_id = f"{name}.mp4"
+        video_id = _video_id(name)
         rows: list[dict[str, NDArray[Any]]] = []
 
         def frames() -> Iterator[U8]:
