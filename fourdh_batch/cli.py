@@ -358,9 +358,10 @@ def synthesize_command(
 ) -> None:
     """Render clips of people with their exact truth: shapes, poses, cameras, identities.
 
-    Writes <name>.mp4, boxes.parquet (what a faultless detector finds), truth.parquet (a tracks
-    table) and sheet.png (three frames of each clip). Names say what is difficult; the first ten
-    clips show one difficulty each: crossings, occlusions, re-entries, moving cameras, cuts, crowds.
+    Writes <name>.mp4, boxes.parquet (boxes and masks of a faultless detector), truth.parquet (a
+    tracks table) and sheet.png (three frames of each clip). Names say what is difficult; the first
+    ten clips show one difficulty each: crossings, occlusions, re-entries, moving cameras, cuts,
+    crowds.
 
     Example: fourdh synthesize /data/synthetic --clips 20 --seed 1 --motion /data/amass/CMU/01
     """

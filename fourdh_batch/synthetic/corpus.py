@@ -2,7 +2,8 @@
 
 `make_corpus` writes into one folder
     <name>.mp4        H.264, 25 frames per second
-    boxes.parquet     video_id, frame_index, bbox_xyxy_px [4], score: people who can be seen
+    boxes.parquet     video_id, frame_index, bbox_xyxy_px [4], score, mask_rle: who can be seen,
+                      as `detector.path=` takes it
     truth.parquet     the table `tracks` as a faultless tracker would write it; its metadata names
                       all clips, those with nobody in them, too
 The `video_id` is the file name. Everything follows from the seed, the plans and the body model.
@@ -10,8 +11,8 @@ The `video_id` is the file name. Everything follows from the seed, the plans and
 In the truth a `track_id` is a person, the same across a cut and after leaving the picture. A row
 is `detected` where at least `MIN_VISIBLE_FRACTION` of the person is seen, and `predicted` where
 less is seen between two such frames of a shot; `score` is the share that is seen. Boxes hold the
-dressed body, hidden parts too, and end at the picture's border. `focal_px` and `cam_t_m` are the
-true ones.
+dressed body, hidden parts too, and end at the picture's border; masks hold what is seen of it.
+`focal_px` and `cam_t_m` are the true ones.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fourdh_batch.masks import encode_rle
 from fourdh_batch.synthetic.camera import Camera
 from fourdh_batch.synthetic.mocap import Recording
 from fourdh_batch.synthetic.motion import Body, Motion
@@ -56,6 +58,7 @@ BOXES = pa.schema(
         ("frame_index", pa.int64()),
         ("bbox_xyxy_px", pa.list_(pa.float32(), 4)),
         ("score", pa.float32()),
+        ("mask_rle", pa.binary()),
     ]
 )
 
@@ -123,10 +126,10 @@ def make_corpus(
     ):
         studio = _Studio(body, seed, image_size_wh, recordings)
         for name, plan in clips.items():
-            clip, rows = studio.make(folder, name, plan, num_frames)
+            clip, rows, found = studio.make(folder, name, plan, num_frames)
             made.append(clip)
             truth.write_table(rows)
-            boxes.write_table(_boxes(rows))
+            boxes.write_table(found)
     return made
 
 
@@ -157,11 +160,12 @@ def _check(name: str, plan: ClipPlan, num_recordings: int, num_frames: int | Non
         raise ValueError(f"{name} wants recording {max(wanted)}, got {num_recordings} recordings")
 
 
-def _boxes(truth: pa.Table) -> pa.Table:
-    """What a faultless detector finds of the truth."""
+def _boxes(truth: pa.Table, mask_rle: Sequence[bytes]) -> pa.Table:
+    """What a faultless detector finds of a truth; `mask_rle` of the rows of people who are seen."""
     seen = truth.filter(pa.compute.field("state") == "detected")
-    boxes = seen.select(["video_id", "frame_index", "bbox_xyxy_px"])
-    return boxes.append_column("score", pa.array(np.ones(len(boxes), np.float32))).cast(BOXES)
+    columns = {name: seen[name] for name in ("video_id", "frame_index", "bbox_xyxy_px")}
+    score = pa.array(np.ones(len(seen), np.float32))
+    return pa.table(columns | {"score": score, "mask_rle": list(mask_rle)}).cast(BOXES)
 
 
 @contextmanager
@@ -219,8 +223,8 @@ class _Studio:
 
     def make(
         self, folder: Path, name: str, plan: ClipPlan, num_frames: int | None
-    ) -> tuple[Clip, pa.Table]:
-        """Writes one clip; its record and its truth."""
+    ) -> tuple[Clip, pa.Table, pa.Table]:
+        """Writes one clip; its record, its truth and its boxes."""
         length = plan.num_frames if num_frames is None else num_frames
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
         cast = sorted({step.person for shot in plan.shots for step in shot.steps})
@@ -249,7 +253,8 @@ class _Studio:
             features=plan.features,
         )
         body_model = f"{self._body.name}:{self._body.digest[:16]}"
-        return clip, _truth_table(rows, video_id, self._size_wh, body_model)
+        truth, mask_rle = _truth_table(rows, video_id, self._size_wh, body_model)
+        return clip, truth, _boxes(truth, mask_rle)
 
     def _person(self, outfit: Outfit, rng: np.random.Generator) -> _Person:
         betas = torch.from_numpy(rng.normal(0, 0.9, NUM_BETAS).clip(-1.8, 1.8)).float()
@@ -299,6 +304,7 @@ class _Studio:
             num_frames = len(frame_index[block])
             present = np.array([p.in_picture for p in posed]).reshape(len(posed), num_frames)
             visible = np.zeros((len(posed), num_frames), np.float32)
+            mask_rle = np.full((len(posed), num_frames), b"", object)
             for t in range(num_frames):
                 here = np.flatnonzero(present[:, t])
                 dressed = [people[shot.steps[i].person].colours for i in here]
@@ -319,14 +325,16 @@ class _Studio:
                     total += picture.rgb / num_pictures
                     if k == num_pictures // 2:
                         visible[here, t] = picture.visible_fraction
+                        mask_rle[here, t] = [mask.counts for mask in encode_rle(picture.mask)]
                 noise = rng.standard_normal(total.shape, np.float32) * grain
                 yield quantise(total + torch.from_numpy(noise))
-            for step, person, in_picture, fraction in zip(
-                shot.steps, posed, present, visible, strict=True
+            for step, person, in_picture, fraction, masks in zip(
+                shot.steps, posed, present, visible, mask_rle, strict=True
             ):
                 columns = person.columns | {
                     "frame_index": frame_index[block],
                     "score": fraction,
+                    "mask_rle": masks,
                     "shot_id": np.full(num_frames, shot_id),
                     "track_id": np.full(num_frames, step.person),
                     "focal_px": np.full(num_frames, focal_px, np.float32),
@@ -386,11 +394,11 @@ def _truth_table(
     video_id: str,
     image_size_wh: tuple[int, int],
     body_model: str,
-) -> pa.Table:
-    """The rows of one clip as the table `tracks`, in its order."""
+) -> tuple[pa.Table, list[bytes]]:
+    """The rows of one clip as the table `tracks`, in its order; masks of those who are seen."""
     rows = [part for part in rows if len(part["frame_index"])]
     if not rows:
-        return arrow_schema("tracks").empty_table()
+        return arrow_schema("tracks").empty_table(), []
     columns = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
     order = np.lexsort((columns["track_id"], columns["frame_index"]))
     columns = {name: value[order] for name, value in columns.items()}
@@ -410,12 +418,13 @@ def _truth_table(
             since[inside] = frame[inside] - frame[last]
     columns = {name: value[keep] for name, value in columns.items()}
     seen, since = seen[keep], since[keep]
+    mask_rle = columns.pop("mask_rle")[seen].tolist()
     hits, track_len = np.zeros(len(seen), np.int64), np.zeros(len(seen), np.int64)
     for track in np.unique(columns["track_id"]):
         mine = columns["track_id"] == track
         hits[mine] = np.cumsum(seen[mine])
         track_len[mine] = mine.sum()
-    return make_table(
+    table = make_table(
         "tracks",
         columns
         | {
@@ -434,6 +443,7 @@ def _truth_table(
             "model_fingerprint": "truth",
         },
     )
+    return table, mask_rle
 
 
 def _encode(path: Path, frames: Iterator[U8], image_size_wh: tuple[int, int]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fourdh_batch.rasterizer import FAR_M, Fragments, rasterize, rasterize_depth
 from fourdh_batch.synthetic.camera import Camera
 from fourdh_batch.synthetic.rooms import SUPERSAMPLING, Backdrop, area_mean
-from fourdh_batch.types import F32, U8
+from fourdh_batch.types import F32, U8, Bool
 
 SHADOW = 0.38  # of the light that a shadow takes away, times the light's strength
 SHADOW_BLUR_PX = 3
@@ -94,10 +94,12 @@ class Picture:
         rgb: (H, W, 3) float32 in [0, 1].
         visible_fraction: (P,) float32, share of each person's pixels that is seen: neither
             hidden by somebody or something else nor outside the picture.
+        mask: (P, H, W) bool, pixels of which a person is seen in at least a half.
     """
 
     rgb: Tensor
     visible_fraction: F32
+    mask: Bool
 
 
 def render(
@@ -152,7 +154,12 @@ def render(
     rgb = area_mean(canvas.front) + behind * (1 - covered)
     people = canvas.owner[(canvas.owner >= 0) & (canvas.owner < num_people)]
     visible = torch.bincount(people, minlength=num_people)
-    return Picture(rgb=rgb, visible_fraction=(visible / whole.clamp(min=1)).numpy())
+    mine = canvas.owner == torch.arange(num_people)[:, None, None]
+    return Picture(
+        rgb=rgb,
+        visible_fraction=(visible / whole.clamp(min=1)).numpy(),
+        mask=(area_mean(mine.float().permute(1, 2, 0)) >= 0.5).permute(2, 0, 1).numpy(),
+    )
 
 
 class _Canvas:

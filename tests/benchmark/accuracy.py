@@ -186,8 +186,8 @@ class _Set:
         )
         self.truth_path = folder / "corpus" / "truth.parquet"
         self.truth = pq.read_table(self.truth_path)
-        given = folder / "boxes.parquet"
-        write_perturbed_boxes(self.truth, self.clips, given, seed=seed)
+        true_boxes, given = folder / "corpus" / "boxes.parquet", folder / "boxes.parquet"
+        write_perturbed_boxes(true_boxes, self.truth, self.clips, given, seed=seed)
         print(f"rendered in {time.perf_counter() - start:.0f} s", flush=True)
         self.with_true_bodies = own["hmr"] == TRUTH
         detector = own["detector"]

@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourdh_batch.evaluate.matching import Boxes, match_boxes
 from fourdh_batch.geometry import crop_camera_translation, crop_square
+from fourdh_batch.masks import box_mask, decode_rle, encode_rle
 from fourdh_batch.models.hmr2 import Hmr2, HmrOutput
 from fourdh_batch.models.smpl import SmplBody
 from fourdh_batch.models.texture import TextureSampler
@@ -24,7 +26,7 @@ from fourdh_batch.synthetic.corpus import BOXES, Clip, make_corpus
 from fourdh_batch.synthetic.mocap import load_recordings
 from fourdh_batch.synthetic.plans import FEATURES, ClipPlan, draw_plan
 from fourdh_batch.tables.reader import smpl_arrays
-from fourdh_batch.types import F32, F64, I64, FrameChunk, RleMask
+from fourdh_batch.types import F32, F64, I64, Bool, FrameChunk, RleMask
 
 # A middling detector: what a person loses in sharpness and safety follows from how much of him is
 # seen. Shares of a box's sides, of boxes, of frames.
@@ -35,6 +37,7 @@ MISSED_BARELY_VISIBLE = 0.5  # at the least that the truth calls visible
 SAFE_VISIBILITY = 0.5  # from which a person is only missed like anybody
 BARELY_VISIBLE = 0.15
 FALSE_PER_FRAME = 0.03
+MASK_CELLS = 28  # across and down a box, which is as fine as Mask R-CNN tells a mask
 
 # What the clips show, in turn: every feature by itself, then what is hard together.
 SHOWN = (
@@ -94,42 +97,82 @@ def _recorded(plan: ClipPlan, num_recordings: int, rng: np.random.Generator) -> 
     return replace(plan, shots=shots)
 
 
-def write_perturbed_boxes(truth: Any, clips: Sequence[Clip], path: Path, *, seed: int) -> None:
-    """Boxes of a faultless detector made worse: jitter, misses, false boxes (constants above)."""
+def write_perturbed_boxes(
+    given: Path, truth: Any, clips: Sequence[Clip], path: Path, *, seed: int
+) -> None:
+    """Boxes of a faultless detector made worse: jitter, misses, false boxes (constants above).
+
+    A mask moves with its box and is as coarse as `MASK_CELLS`; that of a false box is the box.
+
+    Args:
+        given: `boxes.parquet` of the corpus, whose rows are the `detected` ones of `truth`.
+        path: what to write.
+    """
+    table = pq.read_table(given)
+    detected = truth.filter(pa.compute.field("state") == "detected")
     columns: dict[str, list[Any]] = {name: [] for name in BOXES.names}
     for clip in clips:
-        rows = truth.filter(
-            (pa.compute.field("video_id") == clip.video_id)
-            & (pa.compute.field("state") == "detected")
-        )
+        mine = pa.compute.field("video_id") == clip.video_id
+        rows, seen = table.filter(mine), detected.filter(mine)
+        assert rows["frame_index"].to_pylist() == seen["frame_index"].to_pylist()
         rng = np.random.default_rng([seed, zlib.crc32(clip.video_id.encode())])
         width, height = clip.image_size_wh
-        box = smpl_arrays(rows.select(["bbox_xyxy_px"]))["bbox_xyxy_px"].astype(np.float64)
-        visible = rows["score"].to_numpy().astype(np.float64)
-        frame = rows["frame_index"].to_numpy().astype(np.int64)
+        true_box = smpl_arrays(seen.select(["bbox_xyxy_px"]))["bbox_xyxy_px"].astype(np.float64)
+        visible = seen["score"].to_numpy().astype(np.float64)
+        frame = seen["frame_index"].to_numpy().astype(np.int64)
         hidden = np.clip((SAFE_VISIBILITY - visible) / (SAFE_VISIBILITY - BARELY_VISIBLE), 0, 1)
-        found = rng.random(len(box)) >= np.maximum(MISSED, MISSED_BARELY_VISIBLE * hidden)
-        side = box[:, 2:] - box[:, :2]
-        centre = (box[:, :2] + box[:, 2:]) / 2 + side * rng.normal(0, CENTRE_JITTER, side.shape)
+        found = rng.random(len(frame)) >= np.maximum(MISSED, MISSED_BARELY_VISIBLE * hidden)
+        side = true_box[:, 2:] - true_box[:, :2]
+        centre = (true_box[:, :2] + true_box[:, 2:]) / 2
+        centre = centre + side * rng.normal(0, CENTRE_JITTER, side.shape)
         side = side * np.exp(rng.normal(0, SIZE_JITTER, side.shape))
-        score = 0.97 - 0.35 * (1 - visible) + rng.normal(0, 0.02, len(box))
-        box = np.concatenate((centre - side / 2, centre + side / 2), axis=1)[found]
+        score = 0.97 - 0.35 * (1 - visible) + rng.normal(0, 0.02, len(frame))
+        box = np.concatenate((centre - side / 2, centre + side / 2), axis=1)
+        masks = [
+            _coarse_mask(decode_rle(RleMask((height, width), counts)), true_box[i], box[i])
+            for i, counts in enumerate(rows["mask_rle"].to_pylist())
+            if found[i]
+        ]
+        box = box[found]
 
         in_frame = np.flatnonzero(rng.random(clip.num_frames) < FALSE_PER_FRAME)
         tall = rng.uniform(0.3, 0.7, len(in_frame)) * height
         wide = tall * rng.uniform(0.3, 0.5, len(in_frame))
         x, y = rng.uniform(0, width - wide), rng.uniform(0, height - tall)
-        box = np.concatenate((box, np.stack((x, y, x + wide, y + tall), axis=1)))
+        false = np.stack((x, y, x + wide, y + tall), axis=1)
+        masks += list(box_mask(false.astype(np.float32), (height, width)))
+        box = np.concatenate((box, false)).clip(0, np.tile([width - 1, height - 1], 2))
         frame = np.concatenate((frame[found], in_frame))
         score = np.concatenate((score[found], rng.uniform(0.5, 0.8, len(in_frame))))
-        box = box.clip(0, np.tile([width - 1, height - 1], 2))
 
         order = np.argsort(frame, kind="stable")
         columns["video_id"] += [clip.video_id] * len(order)
         columns["frame_index"] += frame[order].tolist()
         columns["bbox_xyxy_px"] += box[order].tolist()
         columns["score"] += score[order].clip(0, 1).tolist()
+        columns["mask_rle"] += [encode_rle(masks[i][None])[0].counts for i in order.tolist()]
     pq.write_table(pa.table(columns, schema=BOXES), path)
+
+
+def _coarse_mask(mask: Bool, true_box: F64, box: F64) -> Bool:
+    """(H, W) the cells of a mask in its true box, stretched over another box."""
+    fine = torch.from_numpy(mask).float()[None, None]
+    low, side = torch.from_numpy(true_box[:2]), torch.from_numpy(true_box[2:] - true_box[:2])
+    size = torch.tensor(mask.shape[::-1])
+
+    def sample(plane: Tensor, where: Tensor, size_wh: Tensor) -> Tensor:
+        """Of a plane (1, 1, h, w) at (H, W, 2), integers being pixel centres."""
+        unit = (2 * where + 1) / size_wh - 1
+        return F.grid_sample(plane, unit[None].float(), align_corners=False)[0, 0]
+
+    steps = (torch.arange(4 * MASK_CELLS) + 0.5) / (4 * MASK_CELLS)
+    grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=2)
+    cells = F.avg_pool2d(sample(fine, low + grid * side, size)[None, None], 4)
+    pixels = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="xy")
+    new_low, new_side = torch.from_numpy(box[:2]), torch.from_numpy(box[2:] - box[:2])
+    inside = (torch.stack(pixels, dim=2) - new_low) / new_side
+    cell = sample(cells, inside * MASK_CELLS - 0.5, torch.tensor([MASK_CELLS, MASK_CELLS]))
+    return (cell >= 0.5).numpy()
 
 
 class TrueBodies(Reconstructor):

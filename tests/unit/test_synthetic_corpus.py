@@ -11,6 +11,7 @@ import pytest
 import scipy.ndimage
 import torch
 
+from fourdh_batch.masks import decode_rle
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.synthetic.camera import Camera, CameraMove
 from fourdh_batch.synthetic.corpus import MIN_VISIBLE_FRACTION, Clip, make_corpus
@@ -29,7 +30,7 @@ from fourdh_batch.synthetic.plans import (
 from fourdh_batch.synthetic.rooms import random_room
 from fourdh_batch.synthetic.scene import Block, render
 from fourdh_batch.tables.schema import check_table, video_ids_of
-from fourdh_batch.types import U8
+from fourdh_batch.types import U8, RleMask
 from fourdh_batch.video.decode import read_frames
 
 SIZE_WH = (192, 144)
@@ -107,7 +108,7 @@ def test_boxes_are_the_truth_of_those_who_can_be_seen(corpus: tuple[Path, list[C
     seen = truth[truth["state"] == "detected"].reset_index(drop=True)
     assert (seen["score"] >= MIN_VISIBLE_FRACTION).all()
     pd.testing.assert_frame_equal(
-        boxes.drop(columns="score"), seen[["video_id", "frame_index", "bbox_xyxy_px"]]
+        boxes.drop(columns=["score", "mask_rle"]), seen[["video_id", "frame_index", "bbox_xyxy_px"]]
     )
     assert (boxes["score"] == 1).all()
     assert boxes["score"].dtype == np.float32
@@ -116,6 +117,29 @@ def test_boxes_are_the_truth_of_those_who_can_be_seen(corpus: tuple[Path, list[C
     assert (corners >= 0).all()
     assert (corners <= np.tile(SIZE_WH, 2) - 1).all()
     assert (corners[:, 2:] > corners[:, :2]).all()
+
+
+def test_masks_are_what_is_seen_of_a_person(corpus: tuple[Path, list[Clip]]) -> None:
+    """Inside the box, on nobody else, and as large as the share that is seen."""
+    boxes, truth = tables(corpus[0])
+    boxes["share"] = truth["score"][truth["state"] == "detected"].to_numpy()
+    size_hw = SIZE_WH[::-1]
+    boxes["mask"] = [decode_rle(RleMask(size_hw, counts)) for counts in boxes["mask_rle"]]
+    areas = []
+    for row in boxes.itertuples():
+        y, x = np.nonzero(row.mask)
+        left, top, right, bottom = row.bbox_xyxy_px
+        assert len(x) > 0
+        assert left - 1 <= x.min() <= x.max() <= right + 1
+        assert top - 1 <= y.min() <= y.max() <= bottom + 1
+        areas.append(len(x) / ((right - left) * (bottom - top)))
+    for _, frame in boxes.groupby(["video_id", "frame_index"]):
+        share = np.sum(list(frame["mask"]), axis=0)
+        assert (share > 1).sum() < 0.05 * (share > 0).sum()  # two halves of a pixel
+    whole = boxes["share"].to_numpy() > 0.99
+    assert np.median(np.array(areas)[whole]) > 0.25
+    hidden = boxes["share"].to_numpy() < 0.5
+    assert np.median(np.array(areas)[hidden]) < 0.6 * np.median(np.array(areas)[whole])
 
 
 def test_the_truth_is_a_tracks_table(corpus: tuple[Path, list[Clip]], body: SmplBody) -> None:
@@ -448,6 +472,10 @@ def test_visible_fraction_counts_what_is_hidden_and_what_is_outside() -> None:
     assert picture.visible_fraction[0] == pytest.approx(1 - hidden, abs=0.08)
     assert picture.visible_fraction[1] == 1
     assert picture.visible_fraction[2] == pytest.approx(0.5, abs=0.06)
+    assert picture.mask.shape == (3, 48, 64)
+    assert picture.mask[1].sum() == pytest.approx((0.6 * 50 / 3) ** 2, rel=0.15)
+    assert not picture.mask[0][picture.mask[1]].all()
+    assert picture.mask[0].sum() == pytest.approx((1 - hidden) * 100 + hidden * 100 * 0.25, rel=0.3)
 
 
 @pytest.mark.shared
