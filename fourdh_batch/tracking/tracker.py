@@ -51,6 +51,7 @@ from fourdh_batch.types import (
     FrameDetections,
 )
 
+MAX_BOX_WEIGHT = 20.0  # beyond it the costs of overlapping pairs drown in the solver's rounding
 TEXTURE_STATE = "texture."  # prefix of what the texture term remembers, in a tracker's state
 
 
@@ -81,8 +82,8 @@ class TrackerSettings:
             raise ValueError(f"max_age: expected 0 or more frames, got {self.max_age}")
         if not self.gate >= 1:
             raise ValueError(f"gate: no pair costs less than 1, got {self.gate}")
-        if not self.box_weight >= 0:
-            raise ValueError(f"box_weight: expected 0 or more, got {self.box_weight}")
+        if not 0 <= self.box_weight <= MAX_BOX_WEIGHT:
+            raise ValueError(f"box_weight: expected 0 to {MAX_BOX_WEIGHT:g}, got {self.box_weight}")
         if self.compat and self.box_weight:
             raise ValueError("box_weight: the reference knows no boxes; expected 0 with compat")
 
@@ -388,15 +389,17 @@ class PhalpTracker:
         cost = cost_without_texture(
             cost_terms(prediction.location, prediction.pose, location, pose)
         )
+        in_boxes = np.ones_like(cost)
         # Boxes before a cut say nothing about those behind it.
-        weight = 0.0 if frame.is_shot_start else self.settings.box_weight
-        in_boxes = box_factor(self._tracks.bbox_xyxy_px, frame.bbox_xyxy_px[row], weight)
+        if self.settings.box_weight and not frame.is_shot_start:
+            in_boxes = box_factor(
+                self._tracks.bbox_xyxy_px, frame.bbox_xyxy_px[row], self.settings.box_weight
+            )
 
         def cheapest() -> Assignment:
             # The gate is for the published cost, boxes only choose between pairs within it.
-            refused = np.full_like(cost, np.inf)
-            weighed = np.multiply(cost, in_boxes, out=refused, where=cost <= gate)
-            return assign(weighed, gate * np.exp(weight), solver_order=solver_order)
+            weighed = np.where(cost <= gate, cost * in_boxes, np.inf)
+            return assign(weighed, gate, solver_order=solver_order)
 
         if self._texture is None:
             return cheapest()
