@@ -231,6 +231,7 @@ class PhalpTracker:
         self._next_id = 1
         self._last_frame: int | None = None
         self._unseen_slot = 0
+        self._shot_start = 0  # first frame of the present shot
         if self._texture is not None:
             self._texture.reset()
 
@@ -301,6 +302,8 @@ class PhalpTracker:
     ) -> TrackedFrame:
         """Associate a frame of which `prediction` says what is expected."""
         now = self._last_frame = frame.frame_index
+        if frame.is_shot_start:
+            self._shot_start = now
         n_init, max_age = self.settings.n_init, self.settings.max_age
 
         row = np.flatnonzero(_usable(frame))
@@ -390,10 +393,13 @@ class PhalpTracker:
             cost_terms(prediction.location, prediction.pose, location, pose)
         )
         in_boxes = np.ones_like(cost)
-        # Boxes before a cut say nothing about those behind it.
-        if self.settings.box_weight and not frame.is_shot_start:
-            in_boxes = box_factor(
-                self._tracks.bbox_xyxy_px, frame.bbox_xyxy_px[row], self.settings.box_weight
+        if self.settings.box_weight:
+            # A box before a cut says nothing about those behind it.
+            told = self._tracks.last_seen >= self._shot_start
+            in_boxes[told] = box_factor(
+                self._tracks.bbox_xyxy_px[told],
+                frame.bbox_xyxy_px[row],
+                self.settings.box_weight,
             )
 
         def cheapest() -> Assignment:
@@ -481,6 +487,7 @@ class PhalpTracker:
             "next_id": np.array(self._next_id, np.int64),
             "last_frame": np.array(last_frame, np.int64),
             "unseen_slot": np.array(self._unseen_slot, np.int64),
+            "shot_start": np.array(self._shot_start, np.int64),
             **{f"{TEXTURE_STATE}{name}": values for name, values in texture.items()},
         }
 
@@ -491,7 +498,7 @@ class PhalpTracker:
             ValueError: an array is missing, or there is one too many.
         """
         names = {field.name for field in fields(Tracks)}
-        expected = names | {"next_id", "last_frame", "unseen_slot"}
+        expected = names | {"next_id", "last_frame", "unseen_slot", "shot_start"}
         texture = {name for name in state if name.startswith(TEXTURE_STATE)}
         if set(state) - texture != expected or bool(texture) > (self._texture is not None):
             raise ValueError(f"tracker state: expected {sorted(expected)}, got {sorted(state)}")
@@ -499,6 +506,7 @@ class PhalpTracker:
         self._next_id = int(state["next_id"])
         self._last_frame = int(state["last_frame"][0]) if len(state["last_frame"]) else None
         self._unseen_slot = int(state["unseen_slot"])
+        self._shot_start = int(state["shot_start"])
         if self._texture is not None:
             self._texture.restore({n.removeprefix(TEXTURE_STATE): state[n] for n in texture})
 

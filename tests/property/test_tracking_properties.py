@@ -290,7 +290,7 @@ class Eager(PhalpTracker):
 
     def __init__(self, settings: TrackerSettings, texture: Noise) -> None:
         super().__init__(settings, texture=texture)
-        self.boxes: dict[int, F32] = {}
+        self.boxes: dict[int, F32] = {}  # by track, of the present shot
 
     def update(self, frame: FrameDetections) -> TrackedFrame:
         tracked = super().update(frame)
@@ -307,8 +307,10 @@ class Eager(PhalpTracker):
         looks = self._texture.distances(frame, prediction.track_id[track], row[detection])
         cost[track, detection] *= texture_factor(looks)
         cost[cost > self.settings.gate] = np.inf
+        if frame.is_shot_start:
+            self.boxes.clear()
         for i, track_id in enumerate(prediction.track_id.tolist()):
-            if track_id in self.boxes and not frame.is_shot_start:
+            if track_id in self.boxes:
                 last, found = self.boxes[track_id].astype(float), frame.bbox_xyxy_px[row]
                 iou = box_iou(last[None], found.astype(float))[0]
                 cost[i] *= np.exp(-self.settings.box_weight * iou)

@@ -239,6 +239,21 @@ def test_the_gate_is_for_the_cost_without_boxes(gate: float, box_weight: float) 
         assert got.detection_track_id.tolist() == [track_id]
 
 
+@pytest.mark.parametrize(("has_cut", "track_id"), [(False, 1), (True, 2)])
+def test_a_box_counts_until_a_cut_even_if_its_person_is_not_seen(
+    has_cut: bool, track_id: int
+) -> None:
+    tracker = PhalpTracker(TrackerSettings(box_weight=2.0))
+    run(tracker, *[[box(300), box(340)]] * 6)
+    tracker.update(frame_of_boxes(6, [box(340)], is_shot_start=has_cut))
+    resumed = PhalpTracker(tracker.settings)
+    resumed.restore(tracker.state())
+    # A body nearer to where the second is expected, in a box nearer to that of the first.
+    frame = replace(frame_of_boxes(7, [box(322)]), bbox_xyxy_px=np.float32([box(305)]))
+    for one in (tracker, resumed):
+        assert one.update(frame).detection_track_id.tolist() == [track_id]
+
+
 # ---------------------------------------------------------------- what is refused
 
 
