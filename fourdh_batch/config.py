@@ -115,8 +115,8 @@ class TrackerConfig:
         n_init: detections in a row that confirm a track (at most 7).
         gate: pairs that cost more are never matched.
         box_weight: how much it counts, beside the published cues, that a box covers the one in
-            which a person was last seen: a pair costs exp(box_weight (1 - IoU)) times as much.
-            0: not at all, as published. 2 helps where people pass each other and the network
+            which a person was last seen in this shot: a pair costs exp(-box_weight IoU) times as
+            much. 0: not at all, as published. 2 helps where people pass each other and the network
             sees the same body in both boxes.
         keep_predicted: write `state=predicted` rows for frames in which a track was missed
             between two detections.

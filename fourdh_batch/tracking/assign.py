@@ -47,7 +47,7 @@ def assign(cost: F64, gate: float, *, solver_order: bool = False) -> Assignment:
     """
     matrix = gated(cost, gate)
     row, column = linear_sum_assignment(matrix)  # rows ascend
-    matched = matrix[row, column] <= gate
+    matched = cost[row, column] <= gate
     taken = column if solver_order else column[matched]
     left_over = np.setdiff1d(np.arange(cost.shape[1]), taken, assume_unique=True)
     if solver_order:

@@ -51,6 +51,7 @@ from fourdh_batch.types import (
     FrameDetections,
 )
 
+MAX_BOX_WEIGHT = 20.0  # beyond it the costs of overlapping pairs drown in the solver's rounding
 TEXTURE_STATE = "texture."  # prefix of what the texture term remembers, in a tracker's state
 
 
@@ -81,8 +82,8 @@ class TrackerSettings:
             raise ValueError(f"max_age: expected 0 or more frames, got {self.max_age}")
         if not self.gate >= 1:
             raise ValueError(f"gate: no pair costs less than 1, got {self.gate}")
-        if not self.box_weight >= 0:
-            raise ValueError(f"box_weight: expected 0 or more, got {self.box_weight}")
+        if not 0 <= self.box_weight <= MAX_BOX_WEIGHT:
+            raise ValueError(f"box_weight: expected 0 to {MAX_BOX_WEIGHT:g}, got {self.box_weight}")
         if self.compat and self.box_weight:
             raise ValueError("box_weight: the reference knows no boxes; expected 0 with compat")
 
@@ -230,6 +231,7 @@ class PhalpTracker:
         self._next_id = 1
         self._last_frame: int | None = None
         self._unseen_slot = 0
+        self._shot_start = 0  # first frame of the present shot
         if self._texture is not None:
             self._texture.reset()
 
@@ -300,6 +302,8 @@ class PhalpTracker:
     ) -> TrackedFrame:
         """Associate a frame of which `prediction` says what is expected."""
         now = self._last_frame = frame.frame_index
+        if frame.is_shot_start:
+            self._shot_start = now
         n_init, max_age = self.settings.n_init, self.settings.max_age
 
         row = np.flatnonzero(_usable(frame))
@@ -388,15 +392,20 @@ class PhalpTracker:
         cost = cost_without_texture(
             cost_terms(prediction.location, prediction.pose, location, pose)
         )
-        # Boxes before a cut say nothing about those behind it.
-        weight = 0.0 if frame.is_shot_start else self.settings.box_weight
-        in_boxes = box_factor(self._tracks.bbox_xyxy_px, frame.bbox_xyxy_px[row], weight)
+        in_boxes = np.ones_like(cost)
+        if self.settings.box_weight:
+            # A box before a cut says nothing about those behind it.
+            told = self._tracks.last_seen >= self._shot_start
+            in_boxes[told] = box_factor(
+                self._tracks.bbox_xyxy_px[told],
+                frame.bbox_xyxy_px[row],
+                self.settings.box_weight,
+            )
 
         def cheapest() -> Assignment:
             # The gate is for the published cost, boxes only choose between pairs within it.
-            refused = np.full_like(cost, np.inf)
-            weighed = np.multiply(cost, in_boxes, out=refused, where=cost <= gate)
-            return assign(weighed, gate * np.exp(weight), solver_order=solver_order)
+            weighed = np.where(cost <= gate, cost * in_boxes, np.inf)
+            return assign(weighed, gate, solver_order=solver_order)
 
         if self._texture is None:
             return cheapest()
@@ -478,6 +487,7 @@ class PhalpTracker:
             "next_id": np.array(self._next_id, np.int64),
             "last_frame": np.array(last_frame, np.int64),
             "unseen_slot": np.array(self._unseen_slot, np.int64),
+            "shot_start": np.array(self._shot_start, np.int64),
             **{f"{TEXTURE_STATE}{name}": values for name, values in texture.items()},
         }
 
@@ -488,7 +498,7 @@ class PhalpTracker:
             ValueError: an array is missing, or there is one too many.
         """
         names = {field.name for field in fields(Tracks)}
-        expected = names | {"next_id", "last_frame", "unseen_slot"}
+        expected = names | {"next_id", "last_frame", "unseen_slot", "shot_start"}
         texture = {name for name in state if name.startswith(TEXTURE_STATE)}
         if set(state) - texture != expected or bool(texture) > (self._texture is not None):
             raise ValueError(f"tracker state: expected {sorted(expected)}, got {sorted(state)}")
@@ -496,6 +506,7 @@ class PhalpTracker:
         self._next_id = int(state["next_id"])
         self._last_frame = int(state["last_frame"][0]) if len(state["last_frame"]) else None
         self._unseen_slot = int(state["unseen_slot"])
+        self._shot_start = int(state["shot_start"])
         if self._texture is not None:
             self._texture.restore({n.removeprefix(TEXTURE_STATE): state[n] for n in texture})
 

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fourdh_batch.geometry import box_iou
 from fourdh_batch.tracking.assign import Assignment, assign
 from fourdh_batch.tracking.cost import cost_terms, cost_without_texture, texture_factor
 from fourdh_batch.tracking.location import camera_of
@@ -80,6 +81,10 @@ scenes = st.builds(
     seed=st.integers(0, 2**32 - 1),
 )
 
+rules = st.sampled_from(
+    [TrackerSettings(compat=True), *(TrackerSettings(box_weight=w) for w in (0.0, 2.0, 20.0))]
+)
+
 
 def permuted(frame: FrameDetections, order: np.ndarray) -> FrameDetections:
     return replace(
@@ -101,10 +106,12 @@ def assert_equal(a: TrackedFrame, b: TrackedFrame) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(scene=scenes, seed=st.integers(0, 2**32 - 1))
-def test_the_order_of_detections_changes_no_association(scene: Scene, seed: int) -> None:
+@given(scene=scenes, wanted=rules, seed=st.integers(0, 2**32 - 1))
+def test_the_order_of_detections_changes_no_association(
+    scene: Scene, wanted: TrackerSettings, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
-    a, b = PhalpTracker(), PhalpTracker()
+    a, b = PhalpTracker(wanted), PhalpTracker(wanted)
     same: dict[int, int] = {-1: -1}
     for frame in scene.frames():
         order = rng.permutation(len(frame.people))
@@ -116,9 +123,11 @@ def test_the_order_of_detections_changes_no_association(scene: Scene, seed: int)
 
 
 @settings(max_examples=40, deadline=None)
-@given(scene=scenes, compat=st.booleans())
-def test_every_detection_is_accounted_for_exactly_once(scene: Scene, compat: bool) -> None:
-    tracker = PhalpTracker(TrackerSettings(compat=compat))
+@given(scene=scenes, wanted=rules)
+def test_every_detection_is_accounted_for_exactly_once(
+    scene: Scene, wanted: TrackerSettings
+) -> None:
+    tracker = PhalpTracker(wanted)
     told: list[tuple[int, int]] = []
     given_rows: list[tuple[int, int]] = []
     owner: dict[tuple[int, int], int] = {}
@@ -138,7 +147,7 @@ def test_every_detection_is_accounted_for_exactly_once(scene: Scene, compat: boo
         assert len(set(valid.tolist())) == len(valid)
         born = valid[valid > newest_id]
         assert sorted(born) == list(range(newest_id + 1, newest_id + 1 + len(born)))
-        if not compat:
+        if not wanted.compat:
             assert sorted(born) == born.tolist()
         newest_id += len(born)
         assert (np.diff(tracked.track_id) > 0).all()
@@ -162,12 +171,12 @@ def test_every_detection_is_accounted_for_exactly_once(scene: Scene, compat: boo
 
 
 @settings(max_examples=40, deadline=None)
-@given(scene=scenes, cut=st.floats(0, 1), compat=st.booleans())
+@given(scene=scenes, cut=st.floats(0, 1), wanted=rules)
 def test_a_saved_tracker_goes_on_as_if_nothing_had_happened(
-    scene: Scene, cut: float, compat: bool
+    scene: Scene, cut: float, wanted: TrackerSettings
 ) -> None:
     def new_tracker() -> PhalpTracker:
-        return PhalpTracker(TrackerSettings(compat=compat), pose_predictor=drifting)
+        return PhalpTracker(wanted, pose_predictor=drifting)
 
     frames = scene.frames()
     where = round(cut * len(frames))
@@ -274,7 +283,19 @@ class Noise:
 
 
 class Eager(PhalpTracker):
-    """Compares the looks of every pair that is not refused anyway, before it assigns anything."""
+    """Compares the looks of every pair that is not refused anyway, before it assigns anything.
+
+    Boxes are compared one by one, and it keeps its own account of them.
+    """
+
+    def __init__(self, settings: TrackerSettings, texture: Noise) -> None:
+        super().__init__(settings, texture=texture)
+        self.boxes: dict[int, F32] = {}  # by track, of the present shot
+
+    def update(self, frame: FrameDetections) -> TrackedFrame:
+        tracked = super().update(frame)
+        self.boxes |= zip(tracked.detection_track_id.tolist(), frame.bbox_xyxy_px, strict=True)
+        return tracked
 
     def _associate(
         self, frame: FrameDetections, prediction: Prediction, row: I64, location: F64, pose: F32
@@ -285,23 +306,31 @@ class Eager(PhalpTracker):
         assert self._texture is not None
         looks = self._texture.distances(frame, prediction.track_id[track], row[detection])
         cost[track, detection] *= texture_factor(looks)
+        cost[cost > self.settings.gate] = np.inf
+        if frame.is_shot_start:
+            self.boxes.clear()
+        for i, track_id in enumerate(prediction.track_id.tolist()):
+            if track_id in self.boxes:
+                last, found = self.boxes[track_id].astype(float), frame.bbox_xyxy_px[row]
+                iou = box_iou(last[None], found.astype(float))[0]
+                cost[i] *= np.exp(-self.settings.box_weight * iou)
         return assign(cost, self.settings.gate, solver_order=self.settings.compat)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     scene=scenes,
-    compat=st.booleans(),
+    wanted=rules,
     scale=st.sampled_from([0.01, 1.0, 30.0]),
     gate=st.sampled_from([3.0, 100.0]),
     slack=st.sampled_from([1.0, 16.0]),
 )
 def test_comparing_looks_only_where_it_matters_changes_nothing(
-    scene: Scene, compat: bool, scale: float, gate: float, slack: float
+    scene: Scene, wanted: TrackerSettings, scale: float, gate: float, slack: float
 ) -> None:
-    wanted = TrackerSettings(compat=compat, gate=gate)
+    wanted = replace(wanted, gate=gate)
     lazy, eager = Noise(scale, slack), Noise(scale)
-    a, b = PhalpTracker(wanted, texture=lazy), Eager(wanted, texture=eager)
+    a, b = PhalpTracker(wanted, texture=lazy), Eager(wanted, eager)
     for frame in scene.frames():
         assert_equal(a.update(frame), b.update(frame))
     assert lazy.num_asked <= eager.num_asked
@@ -314,12 +343,12 @@ def drifting(pose: F32, frame_index: I64, slot: I64) -> F32:
 
 
 @settings(max_examples=25, deadline=None)
-@given(several=st.lists(scenes, min_size=1, max_size=4), compat=st.booleans())
+@given(several=st.lists(scenes, min_size=1, max_size=4), wanted=rules)
 def test_videos_stepped_together_are_tracked_as_each_by_itself(
-    several: list[Scene], compat: bool
+    several: list[Scene], wanted: TrackerSettings
 ) -> None:
     def tracker() -> PhalpTracker:
-        return PhalpTracker(TrackerSettings(compat=compat), pose_predictor=drifting)
+        return PhalpTracker(wanted, pose_predictor=drifting)
 
     videos = [scene.frames() for scene in several]
     together = [tracker() for _ in videos]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fourdh_batch.tracking.assign import assign
+from fourdh_batch.tracking.assign import GATED_EXCESS, assign
 
 GATE = 100.0
 
@@ -31,6 +31,14 @@ def test_the_gate_itself_is_allowed_and_nothing_above() -> None:
 def test_q6_nan_and_infinity_are_never_matches() -> None:
     got = assign(np.array([[np.nan, 3.0], [np.inf, np.nan]]), GATE)
     assert (got.track.tolist(), got.detection.tolist()) == ([0], [1])
+    assert got.unmatched_detection.tolist() == [0]
+
+
+def test_what_a_refused_pair_costs_may_drown_in_the_gate() -> None:
+    gate = 1e13
+    assert gate + GATED_EXCESS == gate
+    got = assign(np.array([[np.nan, 2 * gate], [np.inf, gate]]), gate)
+    assert (got.track.tolist(), got.detection.tolist()) == ([1], [1])
     assert got.unmatched_detection.tolist() == [0]
 
 

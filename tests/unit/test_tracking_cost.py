@@ -69,9 +69,10 @@ def test_out_of_reach_is_infinite_and_unknown_is_nan() -> None:
     assert np.isnan(cost(expected_at(np.nan, 0.5, 4.0), [0.5, 0.5, 4.0]))
 
 
-def test_boxes_that_do_not_overlap_cost_more() -> None:
+def test_boxes_that_overlap_cost_less() -> None:
     last = np.float32([[0, 0, 10, 20], [100, 0, 110, 20]])
     found = np.float32([[0, 0, 10, 20], [0, 0, 10, 10]])
-    expected = np.exp([[0, 1], [2, 2]])
+    expected = np.exp([[-2, -1], [0, 0]])
     np.testing.assert_allclose(box_factor(last, found, 2.0), expected, rtol=1e-12)
+    assert (box_factor(last, found, 0.0) == 1).all()
     assert box_factor(last[:0], found, 2.0).shape == (0, 2)

@@ -91,7 +91,9 @@ def test_other_numbers_of_detections_confirm(n_init: int) -> None:
         ({"n_init": 8}, "n_init: expected 1 to 7"),
         ({"max_age": -1}, "max_age"),
         ({"gate": float("nan")}, "gate"),
-        ({"box_weight": -1.0}, "box_weight"),
+        ({"box_weight": -1.0}, "box_weight: expected 0 to 20"),
+        ({"box_weight": 20.1}, "box_weight: expected 0 to 20"),
+        ({"box_weight": float("nan")}, "box_weight: expected 0 to 20"),
         ({"box_weight": 1.0, "compat": True}, "box_weight.*compat"),
     ],
 )
@@ -222,11 +224,34 @@ def test_boxes_tell_apart_whom_the_network_sees_twice(
     assert got.detection_track_id.tolist() == track_id
 
 
-def test_the_gate_is_for_the_cost_without_boxes() -> None:
-    tracker = PhalpTracker(TrackerSettings(gate=1.5, box_weight=2.0))
-    run(tracker, *[[box(300)]] * 6)
-    elsewhere = replace(frame_of_boxes(6, [box(300)]), bbox_xyxy_px=np.float32([box(900)]))
-    assert tracker.update(elsewhere).detection_track_id.tolist() == [1]
+@pytest.mark.parametrize(
+    ("gate", "box_weight"), [(1.5, 2.0), (100.0, 2.0), (100.0, 20.0), (1e4, 20.0)]
+)
+def test_the_gate_is_for_the_cost_without_boxes(gate: float, box_weight: float) -> None:
+    body, far = frame_of_boxes(6, [box(300)]), frame_of_boxes(6, [box(1200, 650, 60)])
+    for people, bbox, track_id in (
+        (body, far.bbox_xyxy_px, 1),  # within the gate, however far the box
+        (far, body.bbox_xyxy_px, 2),  # out of it, in the very box
+    ):
+        tracker = PhalpTracker(TrackerSettings(gate=gate, box_weight=box_weight))
+        run(tracker, *[[box(300)]] * 6)
+        got = tracker.update(replace(people, bbox_xyxy_px=bbox))
+        assert got.detection_track_id.tolist() == [track_id]
+
+
+@pytest.mark.parametrize(("has_cut", "track_id"), [(False, 1), (True, 2)])
+def test_a_box_counts_until_a_cut_even_if_its_person_is_not_seen(
+    has_cut: bool, track_id: int
+) -> None:
+    tracker = PhalpTracker(TrackerSettings(box_weight=2.0))
+    run(tracker, *[[box(300), box(340)]] * 6)
+    tracker.update(frame_of_boxes(6, [box(340)], is_shot_start=has_cut))
+    resumed = PhalpTracker(tracker.settings)
+    resumed.restore(tracker.state())
+    # A body nearer to where the second is expected, in a box nearer to that of the first.
+    frame = replace(frame_of_boxes(7, [box(322)]), bbox_xyxy_px=np.float32([box(305)]))
+    for one in (tracker, resumed):
+        assert one.update(frame).detection_track_id.tolist() == [track_id]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -435,6 +460,15 @@ def test_rivals_and_pairs_that_a_bound_does_not_settle_are_compared(
     tracker = PhalpTracker(texture=looks)
     for i in range(9):
         tracker.update(two_people(i, places))
+    assert looks.num_asked == 16
+
+
+def test_a_sure_pair_is_settled_by_a_bound_of_its_cost_without_boxes() -> None:
+    looks = Bounded()
+    tracker = PhalpTracker(TrackerSettings(gate=10.0, box_weight=2.0), texture=looks)
+    looks.bound = 3.0  # at an equal box 13.2 times the cost without looks: above the gate
+    for i in range(9):
+        tracker.update(two_people(i, (100, 1180)))
     assert looks.num_asked == 16
 
 
