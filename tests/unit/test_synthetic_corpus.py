@@ -437,7 +437,7 @@ def test_only_the_empty_clip_still_gives_tables(body: SmplBody, tmp_path: Path) 
     )
     boxes, truth = tables(tmp_path)
     assert len(boxes) == len(truth) == 0
-    assert list(boxes.columns) == ["video_id", "frame_index", "bbox_xyxy_px", "score"]
+    assert list(boxes.columns) == ["video_id", "frame_index", "bbox_xyxy_px", "score", "mask_rle"]
 
 
 def test_wrong_wishes_are_refused(body: SmplBody, tmp_path: Path) -> None:
