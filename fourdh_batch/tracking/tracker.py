@@ -80,8 +80,8 @@ class TrackerSettings:
             raise ValueError(f"n_init: expected 1 to {HISTORY_LENGTH}, got {self.n_init}")
         if self.max_age < 0:
             raise ValueError(f"max_age: expected 0 or more frames, got {self.max_age}")
-        if not self.gate >= 1:
-            raise ValueError(f"gate: no pair costs less than 1, got {self.gate}")
+        if not 1 <= self.gate < np.inf:
+            raise ValueError(f"gate: expected a finite number of at least 1, got {self.gate}")
         if not 0 <= self.box_weight <= MAX_BOX_WEIGHT:
             raise ValueError(f"box_weight: expected 0 to {MAX_BOX_WEIGHT:g}, got {self.box_weight}")
         if self.compat and self.box_weight:
