@@ -325,7 +325,7 @@ class _Studio:
                     total += picture.rgb / num_pictures
                     if k == num_pictures // 2:
                         visible[here, t] = picture.visible_fraction
-                        mask_rle[here, t] = [mask.counts for mask in encode_rle(picture.mask)]
+                        mask_rle[here, t] = [mask.counts for mask in encode_rle(picture.mask())]
                 noise = rng.standard_normal(total.shape, np.float32) * grain
                 yield quantise(total + torch.from_numpy(noise))
             for step, person, in_picture, fraction, masks in zip(
