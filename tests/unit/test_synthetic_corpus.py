@@ -448,6 +448,25 @@ def test_only_the_empty_clip_still_gives_tables(body: SmplBody, tmp_path: Path) 
     assert list(boxes.columns) == ["video_id", "frame_index", "bbox_xyxy_px", "score", "mask_rle"]
 
 
+def test_a_corpus_that_broke_off_has_no_tables_and_can_be_made_again(
+    body: SmplBody, tmp_path: Path
+) -> None:
+    def make(folder: Path, names: str, seed: int) -> None:
+        clips = dict.fromkeys(names, CLIPS["crossing"])
+        make_corpus(folder, body, seed=seed, clips=clips, image_size_wh=(64, 48), num_frames=1)
+
+    folder = tmp_path / "of two words"
+    make(folder, "a", seed=0)
+    (folder / "b.mp4").mkdir()
+    with pytest.raises(IsADirectoryError, match="directory"):
+        make(folder, "ab", seed=1)
+    assert {path.name for path in folder.iterdir()} == {"a.mp4", "b.mp4"}
+    (folder / "b.mp4").rmdir()
+    make(folder, "ab", seed=1)
+    make(tmp_path / "at_once", "ab", seed=1)
+    assert digests(folder) == digests(tmp_path / "at_once")
+
+
 def test_wrong_wishes_are_refused(body: SmplBody, tmp_path: Path) -> None:
     for name in ("../a", "", ".a"):
         with pytest.raises(ValueError, match="expected plain names"):
