@@ -139,8 +139,12 @@ def _video_id(name: str) -> str:
 
 @contextmanager
 def _written(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A table that is written clip by clip and gets its name when it is whole."""
+    """A table that is written clip by clip and gets its name when it is whole.
+
+    One of that name is deleted first: it would not fit the clips that are replaced meanwhile.
+    """
     part = path.with_name(f".{path.name}.part")
+    path.unlink(missing_ok=True)
     try:
         with pq.ParquetWriter(part, schema) as writer:
             yield writer
@@ -325,7 +329,7 @@ class _Studio:
                     total += picture.rgb / num_pictures
                     if k == num_pictures // 2:
                         visible[here, t] = picture.visible_fraction
-                        mask_rle[here, t] = [mask.counts for mask in encode_rle(picture.mask)]
+                        mask_rle[here, t] = [mask.counts for mask in encode_rle(picture.mask())]
                 noise = rng.standard_normal(total.shape, np.float32) * grain
                 yield quantise(total + torch.from_numpy(noise))
             for step, person, in_picture, fraction, masks in zip(

@@ -94,12 +94,18 @@ class Picture:
         rgb: (H, W, 3) float32 in [0, 1].
         visible_fraction: (P,) float32, share of each person's pixels that is seen: neither
             hidden by somebody or something else nor outside the picture.
-        mask: (P, H, W) bool, pixels of which a person is seen in at least a half.
+        owner: (H * n, W * n) int64, n = `SUPERSAMPLING`: which of the P people is seen; -1 the
+            backdrop, P something that stands in the way.
     """
 
     rgb: Tensor
     visible_fraction: F32
-    mask: Bool
+    owner: Tensor
+
+    def mask(self) -> Bool:
+        """(P, H, W) pixels of which a person is seen in at least a half."""
+        mine = self.owner[..., None] == torch.arange(len(self.visible_fraction))
+        return (area_mean(mine.float()) >= 0.5).permute(2, 0, 1).numpy()
 
 
 def render(
@@ -154,11 +160,10 @@ def render(
     rgb = area_mean(canvas.front) + behind * (1 - covered)
     people = canvas.owner[(canvas.owner >= 0) & (canvas.owner < num_people)]
     visible = torch.bincount(people, minlength=num_people)
-    mine = canvas.owner == torch.arange(num_people)[:, None, None]
     return Picture(
         rgb=rgb,
         visible_fraction=(visible / whole.clamp(min=1)).numpy(),
-        mask=(area_mean(mine.float().permute(1, 2, 0)) >= 0.5).permute(2, 0, 1).numpy(),
+        owner=canvas.owner,
     )
 
 

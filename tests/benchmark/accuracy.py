@@ -467,8 +467,8 @@ def _print(
         .map("{:.4g}".format)
         .to_string()
     )
-    for note in report.notes:
-        print(note)
+    for told in report.notes:
+        print(told)
     print(f"\nPoses of missed frames: MPJPE mm by length of the gap{note}")
     print(gaps.to_string(index=False))
     for group, of_group in scores.items():

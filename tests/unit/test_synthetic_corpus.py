@@ -30,7 +30,7 @@ from fourdh_batch.synthetic.plans import (
 from fourdh_batch.synthetic.rooms import random_room
 from fourdh_batch.synthetic.scene import Block, render
 from fourdh_batch.tables.schema import check_table, video_ids_of
-from fourdh_batch.types import U8, RleMask
+from fourdh_batch.types import U8, Bool, RleMask
 from fourdh_batch.video.decode import read_frames
 
 SIZE_WH = (192, 144)
@@ -50,6 +50,12 @@ def corpus(body: SmplBody, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.read_parquet(folder / "boxes.parquet"), pd.read_parquet(folder / "truth.parquet")
+
+
+def masks(folder: Path) -> list[Bool]:
+    """Of `boxes.parquet`, of pictures of `SIZE_WH`."""
+    counts = pd.read_parquet(folder / "boxes.parquet")["mask_rle"]
+    return [decode_rle(RleMask(SIZE_WH[::-1], text)) for text in counts]
 
 
 def stacked(rows: pd.DataFrame, column: str, *shape: int) -> np.ndarray:
@@ -123,15 +129,15 @@ def test_masks_are_what_is_seen_of_a_person(corpus: tuple[Path, list[Clip]]) -> 
     """Inside the box, on nobody else, and as large as the share that is seen."""
     boxes, truth = tables(corpus[0])
     boxes["share"] = truth["score"][truth["state"] == "detected"].to_numpy()
-    size_hw = SIZE_WH[::-1]
-    boxes["mask"] = [decode_rle(RleMask(size_hw, counts)) for counts in boxes["mask_rle"]]
+    boxes["mask"] = masks(corpus[0])
     areas = []
     for row in boxes.itertuples():
         y, x = np.nonzero(row.mask)
         left, top, right, bottom = row.bbox_xyxy_px
         assert len(x) > 0
-        assert left - 1 <= x.min() <= x.max() <= right + 1
-        assert top - 1 <= y.min() <= y.max() <= bottom + 1
+        # half of a pixel is seen where its middle is at most a quarter outside
+        assert left - 0.26 <= x.min() <= x.max() <= right + 0.26
+        assert top - 0.26 <= y.min() <= y.max() <= bottom + 0.26
         areas.append(len(x) / ((right - left) * (bottom - top)))
     for _, frame in boxes.groupby(["video_id", "frame_index"]):
         share = np.sum(list(frame["mask"]), axis=0)
@@ -303,6 +309,8 @@ def test_a_long_exposure_smears_a_runner(body: SmplBody, tmp_path: Path) -> None
         stacked(smeared, "keypoints_2d_px", 44, 2),
         atol=0.05,
     )  # the truth is the middle of the exposure
+    for one, other in zip(masks(tmp_path / "sharp"), masks(tmp_path / "smeared"), strict=True):
+        assert (one & other).sum() > 0.97 * (one | other).sum()
 
     def edges(folder: str) -> float:
         rgb = read_frames(str(tmp_path / folder / "a.mp4"), 2, 3).rgb[0].astype(float)
@@ -440,6 +448,25 @@ def test_only_the_empty_clip_still_gives_tables(body: SmplBody, tmp_path: Path) 
     assert list(boxes.columns) == ["video_id", "frame_index", "bbox_xyxy_px", "score", "mask_rle"]
 
 
+def test_a_corpus_that_broke_off_has_no_tables_and_can_be_made_again(
+    body: SmplBody, tmp_path: Path
+) -> None:
+    def make(folder: Path, names: str, seed: int) -> None:
+        clips = dict.fromkeys(names, CLIPS["crossing"])
+        make_corpus(folder, body, seed=seed, clips=clips, image_size_wh=(64, 48), num_frames=1)
+
+    folder = tmp_path / "of two words"
+    make(folder, "a", seed=0)
+    (folder / "b.mp4").mkdir()
+    with pytest.raises(IsADirectoryError, match="directory"):
+        make(folder, "ab", seed=1)
+    assert {path.name for path in folder.iterdir()} == {"a.mp4", "b.mp4"}
+    (folder / "b.mp4").rmdir()
+    make(folder, "ab", seed=1)
+    make(tmp_path / "at_once", "ab", seed=1)
+    assert digests(folder) == digests(tmp_path / "at_once")
+
+
 def test_wrong_wishes_are_refused(body: SmplBody, tmp_path: Path) -> None:
     for name in ("../a", "", ".a"):
         with pytest.raises(ValueError, match="expected plain names"):
@@ -459,12 +486,13 @@ def test_visible_fraction_counts_what_is_hidden_and_what_is_outside() -> None:
         return corners + torch.tensor([x, 1.0, z])
 
     left_edge = -32 / 50 * 4.0  # of the picture, at z = 0
-    people = torch.stack([square(0.0, 0.0, 0.4), square(0.4, 1.0, 0.3), square(left_edge, 0, 0.4)])
+    people = [square(0.0, 0.0, 0.4), square(0.4, 1.0, 0.3), square(left_edge, 0, 0.4)]
+    people.append(square(0.4, 0.0, 0.1))  # wholly behind the second
     picture = render(
         camera,
         random_room(np.random.default_rng(0)).view(camera),
-        people,
-        torch.tensor([0.9, 0.1, 0.1]).expand(3, 4, 3),
+        torch.stack(people),
+        torch.tensor([0.9, 0.1, 0.1]).expand(4, 4, 3),
         faces,
     )
     # seen from z = 4, the second (depth 3) spans x 0.1 to 0.7 there, so 0.133 to 0.933 at depth 4
@@ -472,10 +500,20 @@ def test_visible_fraction_counts_what_is_hidden_and_what_is_outside() -> None:
     assert picture.visible_fraction[0] == pytest.approx(1 - hidden, abs=0.08)
     assert picture.visible_fraction[1] == 1
     assert picture.visible_fraction[2] == pytest.approx(0.5, abs=0.06)
-    assert picture.mask.shape == (3, 48, 64)
-    assert picture.mask[1].sum() == pytest.approx((0.6 * 50 / 3) ** 2, rel=0.15)
-    assert not picture.mask[0][picture.mask[1]].all()
-    assert picture.mask[0].sum() == pytest.approx((1 - hidden) * 100 + hidden * 100 * 0.25, rel=0.3)
+    assert picture.visible_fraction[3] == 0
+
+    def covered(left: float, right: float, top: float, bottom: float) -> np.ndarray:
+        """(96, 128) points half a pixel apart that a rectangle in pixels holds."""
+        x, y = ((np.arange(2 * size) + 0.5) / 2 - 0.5 for size in camera.image_size_wh)
+        in_x, in_y = (left < x) & (x < right), (top < y) & (y < bottom)
+        return np.asarray(in_y[:, None] & in_x)
+
+    x, y = camera.principal_point_px
+    second = covered(x + 5 / 3, x + 35 / 3, y - 5, y + 5)
+    seen = covered(x - 5, x + 5, y - 5, y + 5) & ~second, second, covered(-5, 5, y - 5, y + 5)
+    fine = np.stack([*seen, np.zeros_like(second)])
+    share = fine.reshape(4, 48, 2, 64, 2).mean(axis=(2, 4))
+    np.testing.assert_array_equal(picture.mask(), share >= 0.5)
 
 
 @pytest.mark.shared

@@ -9,7 +9,14 @@ import torch
 
 from fourdh_batch.geometry import crop_camera_translation, project_to_crop
 from fourdh_batch.models.smpl import SmplBody, load_body
-from fourdh_batch.synthetic.crops import BLOCK, Crops, CropStudio, coarse_mesh, crops
+from fourdh_batch.synthetic.crops import (
+    BLOCK,
+    HIDDEN_BY_M,
+    Crops,
+    CropStudio,
+    coarse_mesh,
+    crops,
+)
 from fourdh_batch.synthetic.gestures import mirrored
 from fourdh_batch.synthetic.limits import LIMITS
 from fourdh_batch.synthetic.mocap import Recording
@@ -107,6 +114,38 @@ def test_most_people_fill_their_crop_and_some_are_hidden(blocks: list[Crops]) ->
     assert 0.6 < share.mean() < 0.99
     assert (share < 0.8).any()
     assert (share > 0.97).any()
+
+
+def test_people_who_pass_hide_each_other(body: SmplBody, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Measured(CropStudio):
+        def _visible(self, where, z, depth):  # type: ignore[no-untyped-def]
+            x = (where[..., 0] * SIZE_HW[0] + SIZE_HW[1] / 2).round().long()
+            y = (where[..., 1] * SIZE_HW[0] + SIZE_HW[0] / 2).round().long()
+            inside = (x >= 0) & (x < SIZE_HW[1]) & (y >= 0) & (y < SIZE_HW[0])
+            crop = torch.arange(BLOCK)[:, None].expand(x.shape)
+            nearest = depth[crop, y.clamp(0, SIZE_HW[0] - 1), x.clamp(0, SIZE_HW[1] - 1)]
+            self.hidden = inside & (nearest > 0) & (nearest < z - HIDDEN_BY_M)  # things have 0
+            return super()._visible(where, z, depth)
+
+    def num_hidden(companion_share: float, passing_share: float) -> int:
+        """Of 64 people; more than a quarter of one is behind a body."""
+        monkeypatch.setattr("fourdh_batch.synthetic.crops.COMPANION_SHARE", companion_share)
+        monkeypatch.setattr("fourdh_batch.synthetic.crops.PASSING_SHARE", passing_share)
+        studio = Measured(
+            body, seed=0, size_hw=SIZE_HW, recordings=(), recorded_share=0, num_places=2,
+            num_outfits=8, supersampling=1,
+        )  # fmt: skip
+        num = 0
+        for number in range(2):
+            visible = studio.block(number).keypoint_visible
+            hidden = studio.hidden.numpy()
+            assert not (visible & hidden).any()
+            num += int((hidden.mean(axis=1) > 0.25).sum())
+        return num
+
+    near, passing = num_hidden(1.0, 0.0), num_hidden(1.0, 1.0)
+    assert passing > 2 * near
+    assert passing > 8
 
 
 def test_some_pictures_end_within_the_box_and_are_black_beyond(body: SmplBody) -> None:
