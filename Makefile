@@ -52,14 +52,18 @@ bench: $(STAMP) ## Ratios against named baselines, one run; see docs/BENCHMARKS.
 
 MINIS   ?= minis
 TRAIN   ?= loop.device=auto
+# Words for the detector alone: several loop.data_workers want reuse=1.
+DETECTOR ?=
 
 minis: $(STAMP) ## Train the small models again, into MINIS=folder; TRAIN="loop.precision=bf16 ..." for a GPU
 	$(BIN)/python jobs/train_hmr2.py output="$(MINIS)/hmr2" $(TRAIN)
 	$(BIN)/python jobs/train_predictor.py output="$(MINIS)/predictor" $(TRAIN)
 	$(BIN)/python jobs/train_appearance.py output="$(MINIS)/appearance" $(TRAIN)
-	@echo "To ship them: copy hmr2/hmr2.safetensors, predictor/pose_predictor.safetensors and"
-	@echo "appearance/appearance.safetensors of $(MINIS) to fourdh_batch/assets/mini, and write their"
-	@echo "digests and figures ($(MINIS)/*/training.json) into CARDS.md there."
+	$(BIN)/python jobs/train_detector.py output="$(MINIS)/detector" $(TRAIN) $(DETECTOR)
+	@echo "To ship them: copy hmr2/hmr2.safetensors, predictor/pose_predictor.safetensors,"
+	@echo "appearance/appearance.safetensors and detector/detector/ of $(MINIS) to"
+	@echo "fourdh_batch/assets/mini, and write their digests and figures ($(MINIS)/*/training.json)"
+	@echo "into CARDS.md there."
 
 # The published tracker: its checkout (or REFERENCE=folder of one) and the packages it imports.
 PHALP_URL    ?= https://github.com/brjathu/PHALP

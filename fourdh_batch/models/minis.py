@@ -13,6 +13,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "assets" / "mini"
 HMR2 = "hmr2.safetensors"
 TEXTURE = "appearance.safetensors"
 PREDICTOR = "pose_predictor.safetensors"
+DETECTOR = "detector"  # a folder for `detector.name=transformers`
 
 
 def shipped(path: str | Path, name: str) -> Path:

@@ -22,7 +22,7 @@ from fourdh_batch.models.appearance import AppearanceProjection, load_texture_en
 from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, weights_origin
 from fourdh_batch.models.detector import DETECTORS, Detector, build_detector, drop_reasons
 from fourdh_batch.models.hmr2 import Hmr2
-from fourdh_batch.models.minis import HMR2, MINI, shipped
+from fourdh_batch.models.minis import DETECTOR, HMR2, MINI, shipped
 from fourdh_batch.models.smpl import NUM_FACES, SmplBody, load_body
 from fourdh_batch.models.texture import Atlas, TextureSampler, body_atlas, load_atlas
 from fourdh_batch.pipeline.following import checked_predictor_digest
@@ -36,6 +36,7 @@ from fourdh_batch.types import FrameChunk
 logger = logging.getLogger(__name__)
 
 GIVEN = "boxes"
+TRANSFORMERS = "transformers"
 
 
 class Engine:
@@ -235,7 +236,9 @@ def model_card(config: JobConfig) -> ModelCard:
     if wanted.name == GIVEN:
         detector = build_given(config).digest
     else:
-        detector = _digest_path(wanted.path, "detector.path")
+        is_folder = wanted.name == TRANSFORMERS  # of which the package has a small one
+        path = str(shipped(wanted.path, DETECTOR)) if is_folder else wanted.path
+        detector = _digest_path(path, "detector.path")
     settings = {
         "code": CODE_VERSION,
         "schemas": {name: schema_version(name) for name in TABLES},

@@ -22,6 +22,7 @@ NUM_FRAMES = 30
 SHOWN = ("crossing", "gestures")
 # Of the shipped weights; another processor moves them in the third digit at most.
 PA_MPJPE_MM, MPJPE_MM, PVE_MM, PCK_01 = 82.7, 116.9, 130.3, 0.931
+AP, AP50 = 0.3, 0.7  # of the shipped detector
 YAML = Path(__file__).resolve().parents[2] / "jobs" / "demo.yaml"
 
 
@@ -62,3 +63,17 @@ def test_bodies_are_as_right_as_the_small_model_makes_them(report: Report) -> No
     assert pose.mpjpe_mm == pytest.approx(MPJPE_MM, rel=0.03)
     assert pose.pve_mm == pytest.approx(PVE_MM, rel=0.03)
     assert pose.pck["0.1"] == pytest.approx(PCK_01, abs=0.02)
+
+
+def test_the_small_detector_finds_people(
+    scored: tuple[Path, Path], tmp_path: Path, local_ray: None
+) -> None:
+    pytest.importorskip("transformers")
+    _, truth = scored
+    words = [f"input={truth.parent}", f"output={tmp_path}", "detector.name=transformers"]
+    words += ["detector.path=mini", "tracker.texture_weights=", "tracker.predictor_weights="]
+    assert run_job(load_config(YAML, words)).exit_code == 0
+    scores = evaluate(str(tmp_path), str(truth), body=fb.load_body()).overall
+    assert scores.boxes.ap == pytest.approx(AP, abs=0.03)
+    assert scores.boxes.ap50 == pytest.approx(AP50, abs=0.04)
+    assert scores.tracking["iou50"].misses == pytest.approx(0, abs=0)

@@ -14,7 +14,15 @@ from fourdh_batch.errors import ConfigError
 from fourdh_batch.models.appearance import load_texture_encoder
 from fourdh_batch.models.build import load_hmr2, weights_origin
 from fourdh_batch.models.build_phalp import load_pose_predictor
-from fourdh_batch.models.minis import FOLDER, HMR2, MINI, PREDICTOR, TEXTURE, shipped
+from fourdh_batch.models.minis import (
+    DETECTOR,
+    FOLDER,
+    HMR2,
+    MINI,
+    PREDICTOR,
+    TEXTURE,
+    shipped,
+)
 from fourdh_batch.models.smpl import load_body
 from fourdh_batch.models.weights import check_weights
 from fourdh_batch.pipeline.engine import build_model
@@ -24,7 +32,15 @@ DIGESTS: dict[str, Callable[[], str]] = {
     HMR2: lambda: load_hmr2(MINI, load_body(), device="cpu").weights_digest,
     TEXTURE: lambda: load_texture_encoder(MINI).weights_digest,
     PREDICTOR: lambda: load_pose_predictor(MINI).weights_digest,
+    DETECTOR: lambda: detector_digest(),
 }
+
+
+def detector_digest() -> str:
+    pytest.importorskip("transformers")
+    from fourdh_batch.models.detector_transformers import _load, _weights_digest
+
+    return _weights_digest(_load(MINI)[0])
 
 
 @pytest.mark.parametrize("name", DIGESTS)
