@@ -54,8 +54,8 @@ MINIS   ?= minis
 TRAIN   ?= loop.device=auto
 
 minis: $(STAMP) ## Train the small models again, into MINIS=folder; TRAIN="loop.precision=bf16 ..." for a GPU
-	$(BIN)/python jobs/train_hmr2.py output="$(MINIS)/hmr2" $(TRAIN)
-	$(BIN)/python jobs/train_predictor.py output="$(MINIS)/predictor" $(TRAIN)
+	$(BIN)/python jobs/train_hmr2.py output="$(MINIS)/hmr2" loop.steps=46000 $(TRAIN)
+	$(BIN)/python jobs/train_predictor.py output="$(MINIS)/predictor" jitter_deg=5 $(TRAIN)
 	$(BIN)/python jobs/train_appearance.py output="$(MINIS)/appearance" $(TRAIN)
 	@echo "To ship them: copy hmr2/hmr2.safetensors, predictor/pose_predictor.safetensors and"
 	@echo "appearance/appearance.safetensors of $(MINIS) to fourdh_batch/assets/mini, and write their"
