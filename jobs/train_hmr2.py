@@ -4,7 +4,7 @@ A small model on people rendered here, on a CPU or one GPU:
   python jobs/train_hmr2.py output=/data/hmr2_mini
 The same with motion capture, on a GPU, more of it:
   python jobs/train_hmr2.py output=/data/hmr2_mini loop.steps=200000 loop.precision=bf16 \\
-      loop.data_workers=14 'sources=[{kind: synthetic, path: /data/mocap}]'
+      loop.data_workers=14 loop.batch_size=32 'sources=[{kind: synthetic, path: /data/mocap}]'
 The published recipe on 8 GPUs (tars, ViTPose backbone, SMPL and mean parameters are the user's):
   python jobs/train_hmr2.py jobs/train_hmr2_full.yaml output=s3://bucket/hmr2 \\
       init_backbone=vitpose_backbone.pth mean_params=smpl_mean_params.npz \\

@@ -65,6 +65,12 @@ def test_an_ignored_person_need_not_be_found_and_may_be() -> None:
     assert result.ap == 1
 
 
+def test_a_box_finds_whoever_has_to_be_found_before_an_ignored_person() -> None:
+    # IoU 0.74 with the one, 0.90 with the ignored one
+    result = average_precision([frame([0, 20], [(15, 0.9)], ignored=[1])])
+    assert (result.ap50, result.recall50, result.ap75) == (1, 1, 0)
+
+
 def test_nothing_found_is_zero_and_nobody_there_is_no_number() -> None:
     assert average_precision([frame([0], [])]).ap == 0
     assert math.isnan(average_precision([frame([], [(0, 0.9)])]).ap)

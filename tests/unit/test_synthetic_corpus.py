@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -11,6 +13,7 @@ import pytest
 import scipy.ndimage
 import torch
 
+from fourdh_batch.geometry import box_iou
 from fourdh_batch.masks import decode_rle
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.synthetic.camera import Camera, CameraMove
@@ -516,33 +519,79 @@ def test_visible_fraction_counts_what_is_hidden_and_what_is_outside() -> None:
     np.testing.assert_array_equal(picture.mask(), share >= 0.5)
 
 
-@pytest.mark.shared
-def test_an_independent_detector_finds_the_people(
-    shared: Path, body: SmplBody, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def seen(
+    shared: Path, body: SmplBody, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[U8, pd.DataFrame]]:
+    """Some frames with the true rows of those who are seen whole."""
+    folder = tmp_path_factory.mktemp("seen")
+    clips = {name: CLIPS[name] for name in ("trio", "cut")} | drawn_clips(77, 4, num_frames=6)
+    make_corpus(folder, body, clips=clips, num_frames=6)
+    _, truth = tables(folder)
+    whole = truth[truth["score"] > 0.95]
+    return [
+        (rgb, whole[(whole["video_id"] == f"{name}.mp4") & (whole["frame_index"] == frame_index)])
+        for name in clips
+        for frame_index, rgb in enumerate(decode(folder / f"{name}.mp4"))
+    ]
+
+
+def onnx_model(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     onnxruntime = pytest.importorskip("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    model = onnxruntime.InferenceSession(
-        str(shared / "models" / "detector_rtmdet_nano_person.onnx"), options
-    )
-    make_corpus(tmp_path, body, clips={name: CLIPS[name] for name in ("trio", "cut")}, num_frames=6)
-    _, truth = tables(tmp_path)
+    session = onnxruntime.InferenceSession(str(path), options)
+    (image,) = session.get_inputs()
+
+    def run(picture: np.ndarray) -> np.ndarray:
+        """The first answer to one (H, W, 3) picture."""
+        batch = picture.transpose(2, 0, 1)[None].astype(np.float32)
+        answer: np.ndarray = session.run(None, {image.name: batch})[0][0]
+        return answer
+
+    return run
+
+
+@pytest.mark.shared
+def test_an_independent_detector_finds_the_people(
+    shared: Path, seen: list[tuple[U8, pd.DataFrame]]
+) -> None:
+    model = onnx_model(shared / "models" / "detector_rtmdet_nano_person.onnx")
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     found = []
-    for video_id, mine in truth.groupby("video_id"):
-        for frame_index, rgb in enumerate(decode(tmp_path / str(video_id))):
-            image = np.full((384, 384, 3), 114.0)
-            image[: rgb.shape[0], : rgb.shape[1]] = rgb
-            image = ((image - mean) / std)[..., ::-1].transpose(2, 0, 1)[None].astype(np.float32)
-            detections = model.run(None, {"input": image})[0][0]
-            boxes = detections[detections[:, 4] > 0.3, :4]
-            here = mine[(mine["frame_index"] == frame_index) & (mine["score"] > 0.95)]
-            for box in stacked(here, "bbox_xyxy_px", 4) if len(here) else []:
-                low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
-                common = (high - low).clip(min=0).prod(axis=1)
-                areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-                iou = common / (areas + (box[2:] - box[:2]).prod() - common)
-                found.append(bool((iou > 0.5).any()))
-    assert len(found) > 15
-    assert np.mean(found) >= 0.9
+    for rgb, rows in seen:
+        image = np.full((384, 384, 3), 114.0)
+        image[: rgb.shape[0], : rgb.shape[1]] = rgb
+        detections = model(((image - mean) / std)[..., ::-1])
+        boxes = detections[detections[:, 4] > 0.3, :4].astype(np.float64)
+        if len(rows):
+            iou = box_iou(stacked(rows, "bbox_xyxy_px", 4).astype(np.float64), boxes)
+            found += (iou > 0.5).any(axis=1).tolist()
+    assert len(found) > 30
+    assert np.mean(found) >= 0.95
+
+
+@pytest.mark.shared
+def test_an_independent_pose_network_finds_the_joints(
+    shared: Path, seen: list[tuple[U8, pd.DataFrame]]
+) -> None:
+    """PP-TinyPose: shoulders, elbows, wrists, hips, knees and ankles of COCO, on true boxes."""
+    model = onnx_model(shared / "models" / "pose_tinypose_256x192_coco17.onnx")
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    ours = [5, 2, 6, 3, 7, 4, 12, 9, 13, 10, 14, 11]  # OpenPose's numbers of COCO's last twelve
+    near = []
+    for rgb, rows in seen:
+        for row in rows.itertuples():
+            left, top, right, bottom = row.bbox_xyxy_px
+            height = 1.25 * max(bottom - top, (right - left) * 4 / 3)
+            zoom = 256 / height
+            shift = np.array([96, 128]) - zoom * np.array([left + right, top + bottom]) / 2
+            affine = np.column_stack((zoom * np.eye(2), shift))
+            crop = cv2.warpAffine(rgb, affine, (192, 256)) / 255
+            heatmaps = model((crop - mean) / std)[5:]  # (12, 64, 48)
+            y, x = np.divmod(heatmaps.reshape(12, -1).argmax(axis=1), heatmaps.shape[2])
+            told = (4 * (np.stack((x, y), axis=1) + 0.5) - shift) / zoom
+            off = np.linalg.norm(told - np.stack(row.keypoints_2d_px).reshape(44, 2)[ours], axis=1)
+            near.append(off < 0.1 * max(right - left, bottom - top))
+    assert len(near) > 30
+    assert np.mean(near) >= 0.9

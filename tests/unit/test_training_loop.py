@@ -44,6 +44,7 @@ LOOP = LoopConfig(
     evaluate_every=3,
     checkpoint_every=2,
 )
+LOSS = LossConfig()
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,9 @@ class Task(HmrTask):
         return figures
 
 
-def make_task(body: SmplBody, loop: LoopConfig = LOOP, *, adversarial: bool = True) -> Task:
+def make_task(
+    body: SmplBody, loop: LoopConfig = LOOP, loss: LossConfig = LOSS, *, adversarial: bool = True
+) -> Task:
     real = StoredPoses(
         np.repeat(np.eye(3, dtype=np.float32)[None], 5 * 23, axis=0).reshape(5, 23, 3, 3),
         np.zeros((5, 10), dtype=np.float32),
@@ -105,7 +108,7 @@ def make_task(body: SmplBody, loop: LoopConfig = LOOP, *, adversarial: bool = Tr
     return Task(
         untrained_hmr2("tiny", body, loop.seed, device="cpu"),
         loop=loop,
-        loss=LossConfig(),
+        loss=loss,
         examples=MixedExamples([Noise()], [1], seed=loop.seed, augment=AugmentConfig()),
         held_out={"noise": MixedExamples([Noise()], [1], seed=loop.seed, augment=None)},
         num_held_out=3,
@@ -193,6 +196,14 @@ def test_without_adversarial_loss_there_is_no_discriminator(body: SmplBody, tmp_
     task = make_task(body, adversarial=False)
     assert set(task.modules) == {"backbone", "smpl_head"}
     run(task, tmp_path, replace(LOOP, steps=2))
+
+
+@pytest.mark.parametrize("name", ["", *asdict(LOSS)])
+def test_every_loss_that_has_a_weight_moves_the_network(body: SmplBody, name: str) -> None:
+    weights = {other: float(other == name) for other in asdict(LOSS)}
+    task = make_task(body, loss=LossConfig(**weights))
+    batch = task.collate([task.examples[number] for number in range(2)])
+    assert (float(task.step(batch)["gradient_norm"]) > 0) == bool(name)
 
 
 def test_other_settings_on_the_same_output_are_refused(body: SmplBody, tmp_path: Path) -> None:
@@ -283,6 +294,15 @@ def test_a_gradient_that_is_not_finite_changes_no_weights() -> None:
             update(optimizer, loss, [weight], clip_norm)
         assert weight.tolist() == [0, 2]
     assert not optimizer.state
+
+
+@pytest.mark.parametrize(("clip_norm", "step"), [(0.0, 10.0), (2.0, 2.0), (20.0, 10.0)])
+def test_a_long_gradient_is_shortened(clip_norm: float, step: float) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    loss = (weight * torch.tensor([6.0, 8.0])).sum()
+    norm = update(torch.optim.SGD([weight], lr=1.0), loss, [weight], clip_norm)
+    assert float(norm) == pytest.approx(10)  # before
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]) * step)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
