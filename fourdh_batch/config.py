@@ -119,6 +119,8 @@ class TrackerConfig:
             which a person was last seen in this shot: a pair costs exp(-box_weight IoU) times as
             much. 0: not at all, as published. 2 helps where people pass each other and the network
             sees the same body in both boxes.
+        log_cost: of all ways to match, take the one with the smallest product of costs instead of
+            the smallest sum, as published: one pair that hardly fits does not tear others apart.
         keep_predicted: write `state=predicted` rows for frames in which a track was missed
             between two detections.
         texture_weights: the texture encoder, `hmar_v2_weights.pth` or the `.safetensors` that
@@ -138,6 +140,7 @@ class TrackerConfig:
     n_init: int = 5
     gate: float = 100.0
     box_weight: float = 0.0
+    log_cost: bool = False
     keep_predicted: bool = True
     texture_weights: str = ""
     atlas: str = ""
@@ -981,6 +984,12 @@ def _job_checks(config: JobConfig) -> list[_Check]:
             0 <= tracker.box_weight <= (0 if tracker.compat else 20),
             "0 to 20, and 0 with tracker.compat",
             tracker.box_weight,
+        ),
+        (
+            "tracker.log_cost",
+            not (tracker.log_cost and tracker.compat),
+            "false with tracker.compat",
+            tracker.log_cost,
         ),
         ("plan.videos_per_shard", plan.videos_per_shard >= 1, "at least 1", plan.videos_per_shard),
         ("plan.mb_per_shard", plan.mb_per_shard >= 1, "at least 1", plan.mb_per_shard),

@@ -273,6 +273,7 @@ def cues(config: JobConfig) -> str:
             "pose (predicted)" if wanted.predictor_weights else "pose (last seen)",
             "texture" if wanted.texture_weights else "no texture",
             *(["boxes"] if wanted.box_weight else []),
+            *(["log cost"] if wanted.log_cost else []),
         ]
     )
 

@@ -51,6 +51,7 @@ class TrackerModels:
             gate=wanted.gate,
             n_init=wanted.n_init,
             box_weight=wanted.box_weight,
+            log_cost=wanted.log_cost,
             max_age=wanted.max_age,
             compat=wanted.compat,
         )

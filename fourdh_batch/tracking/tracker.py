@@ -65,6 +65,10 @@ class TrackerSettings:
         max_age: frames that a confirmed track survives unseen; it can be matched in the frame
             after them (max_age_track, section 10).
         box_weight: see `cost.box_factor`; 0 leaves boxes out, as the reference does.
+        log_cost: the assignment whose costs have the smallest product instead of the smallest sum,
+            as the reference has it; a track without a match counts as the gate in both. A cost is
+            a product of cues: in a sum one pair that hardly fits outweighs all that fit well, and
+            they are torn apart to make it possible.
         compat: read predicted poses at the times at which the reference does, and number tracks
             born in the same frame as it does (section 15, Q1, Q2, Q28).
     """
@@ -73,6 +77,7 @@ class TrackerSettings:
     n_init: int = 5
     max_age: int = 50
     box_weight: float = 0.0
+    log_cost: bool = False
     compat: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +91,8 @@ class TrackerSettings:
             raise ValueError(f"box_weight: expected 0 to {MAX_BOX_WEIGHT:g}, got {self.box_weight}")
         if self.compat and self.box_weight:
             raise ValueError("box_weight: the reference knows no boxes; expected 0 with compat")
+        if self.compat and self.log_cost:
+            raise ValueError("log_cost: the reference adds costs; expected false with compat")
 
 
 class PosePredictor(Protocol):
@@ -405,6 +412,8 @@ class PhalpTracker:
         def cheapest() -> Assignment:
             # The gate is for the published cost, boxes only choose between pairs within it.
             weighed = np.where(cost <= gate, cost * in_boxes, np.inf)
+            if self.settings.log_cost:
+                return assign(np.log(weighed), np.log(gate))
             return assign(weighed, gate, solver_order=solver_order)
 
         if self._texture is None:

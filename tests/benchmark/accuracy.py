@@ -254,7 +254,11 @@ class _Set:
         """The main job on every clip; then the other trackers on what its models gave."""
         engine, card = self._engine(), model_card(self.config)
         models, wanted = OneCueLessModels(self.config), self.config.tracker
-        missing = {"texture": not wanted.texture_weights, "boxes": not wanted.box_weight}
+        missing = {
+            "texture": not wanted.texture_weights,
+            "boxes": not wanted.box_weight,
+            "log cost": not wanted.log_cost,
+        }
         names = [name for name in WITHOUT if not missing.get(name)]
         followed: Followed = {name: {} for name in (ALL_CUES, *names, *BASELINES)}
         spent = dict.fromkeys(("the job", *names), 0.0)

@@ -17,7 +17,7 @@ from fourdh_batch.tracking.tracker import PhalpTracker, Prediction
 from fourdh_batch.types import F32, F64, I64, FrameDetections
 
 ALL_CUES = "all cues"
-WITHOUT = ("pose", "location", "texture", "prediction", "boxes")
+WITHOUT = ("pose", "location", "texture", "prediction", "boxes", "log cost")
 MIN_IOU = 0.3  # of a pair, as in SORT
 SORT_MAX_AGE = 1  # frames that a track of SORT survives unseen (its T_Lost)
 
@@ -28,7 +28,7 @@ class OneCueLess(PhalpTracker):
     Attributes:
         without: ``pose``, ``location``: that factor of the cost is the same for all pairs;
             ``prediction``: poses and places are expected as they were last seen; ``boxes``: see
-            `TrackerConfig.box_weight`.
+            `TrackerConfig.box_weight`; ``log cost``: costs are added, as published.
     """
 
     without = ""
@@ -58,8 +58,12 @@ class OneCueLessModels(TrackerModels):
     def new_tracker(self) -> PhalpTracker:
         """See `TrackerModels`."""
         settings = self._settings
+        if self.without == "boxes":
+            settings = replace(settings, box_weight=0.0)
+        elif self.without == "log cost":
+            settings = replace(settings, log_cost=False)
         tracker = OneCueLess(
-            replace(settings, box_weight=0.0) if self.without == "boxes" else settings,
+            settings,
             pose_predictor=self.predictor,
             texture=None if self.without == "texture" else self._new_texture_term(),
         )

@@ -82,7 +82,11 @@ scenes = st.builds(
 )
 
 rules = st.sampled_from(
-    [TrackerSettings(compat=True), *(TrackerSettings(box_weight=w) for w in (0.0, 2.0, 20.0))]
+    [
+        TrackerSettings(compat=True),
+        *(TrackerSettings(box_weight=w) for w in (0.0, 2.0, 20.0)),
+        *(TrackerSettings(box_weight=w, log_cost=True) for w in (0.0, 2.0)),
+    ]
 )
 
 
@@ -314,6 +318,8 @@ class Eager(PhalpTracker):
                 last, found = self.boxes[track_id].astype(float), frame.bbox_xyxy_px[row]
                 iou = box_iou(last[None], found.astype(float))[0]
                 cost[i] *= np.exp(-self.settings.box_weight * iou)
+        if self.settings.log_cost:
+            return assign(np.log(cost), np.log(self.settings.gate))
         return assign(cost, self.settings.gate, solver_order=self.settings.compat)
 
 

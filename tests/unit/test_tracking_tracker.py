@@ -97,6 +97,7 @@ def test_other_numbers_of_detections_confirm(n_init: int) -> None:
         ({"box_weight": 20.1}, "box_weight: expected 0 to 20"),
         ({"box_weight": float("nan")}, "box_weight: expected 0 to 20"),
         ({"box_weight": 1.0, "compat": True}, "box_weight.*compat"),
+        ({"log_cost": True, "compat": True}, "log_cost.*compat"),
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float], message: str) -> None:
@@ -254,6 +255,21 @@ def test_a_box_counts_until_a_cut_even_if_its_person_is_not_seen(
     frame = replace(frame_of_boxes(7, [box(322)]), bbox_xyxy_px=np.float32([box(305)]))
     for one in (tracker, resumed):
         assert one.update(frame).detection_track_id.tolist() == [track_id]
+
+
+# ---------------------------------------------------------------- product of costs
+
+
+@pytest.mark.parametrize(("log_cost", "track_id"), [(False, [1, 2]), (True, [2, 3])])
+def test_a_stranger_within_reach_does_not_tear_apart_who_fits(
+    log_cost: bool, track_id: list[int]
+) -> None:
+    """Costs: 1 for the second where he stands, about 30 for the first there, 60 for the second at
+    the stranger, whom the first does not reach. As a sum 90 is less than 1 and the gate of 100."""
+    tracker = PhalpTracker(TrackerSettings(log_cost=log_cost))
+    run(tracker, *[[box(135), box(300)]] * 6)
+    got = tracker.update(frame_of_boxes(6, [box(300), box(499)]))
+    assert got.detection_track_id.tolist() == track_id
 
 
 # ---------------------------------------------------------------- what is refused
