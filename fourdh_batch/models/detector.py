@@ -144,7 +144,7 @@ DETECTORS: dict[str, tuple[Callable[[DetectorSettings], Detector], str]] = {
     "transformers": (
         _transformers,
         "a directory written by `save_pretrained` (D-FINE, RT-DETRv2, RF-DETR, RF-DETR-Seg, ...), "
-        "or a hub id such as ustc-community/dfine-large-obj2coco-e25",
+        "a hub id such as ustc-community/dfine-large-obj2coco-e25, or the word mini",
     ),
     "boxes": (
         _boxes,

