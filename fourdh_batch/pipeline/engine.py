@@ -25,7 +25,7 @@ from fourdh_batch.models.hmr2 import Hmr2
 from fourdh_batch.models.minis import DETECTOR, HMR2, MINI, shipped
 from fourdh_batch.models.smpl import NUM_FACES, SmplBody, load_body
 from fourdh_batch.models.texture import Atlas, TextureSampler, body_atlas, load_atlas
-from fourdh_batch.pipeline.following import checked_predictor_digest
+from fourdh_batch.pipeline.following import checked_predictor_digest, cues
 from fourdh_batch.pipeline.reconstruct import Reconstructor
 from fourdh_batch.pipeline.records import UNTRAINED, ChunkResult, ModelCard
 from fourdh_batch.storage import open_read
@@ -260,21 +260,7 @@ def model_card(config: JobConfig) -> ModelCard:
         weights_origin=origin,
         body=f"{body.name}:{body.digest[:16]}",
         detector=f"{wanted.name}:{detector[:16]}",
-        cues=cues(config),
-    )
-
-
-def cues(config: JobConfig) -> str:
-    """What the tracker's cost is made of, in words."""
-    wanted = config.tracker
-    return " + ".join(
-        [
-            "location (ridge)",
-            "pose (predicted)" if wanted.predictor_weights else "pose (last seen)",
-            "texture" if wanted.texture_weights else "no texture",
-            *(["boxes"] if wanted.box_weight else []),
-            *(["log cost"] if wanted.log_cost else []),
-        ]
+        cues=cues(config.tracker, texture="texture" if config.tracker.texture_weights else ""),
     )
 
 

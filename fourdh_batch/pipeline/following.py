@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fourdh_batch.config import JobConfig
+from fourdh_batch.config import JobConfig, TrackerConfig
 from fourdh_batch.errors import CheckpointError, ConfigError
 from fourdh_batch.tracking.appearance import CompactMemory
 from fourdh_batch.tracking.completion import MAX_SLOTS
@@ -116,6 +116,24 @@ class TrackerModels:
         with torch.inference_mode():
             result: F32 = self._body.keypoints_3d(*pose).numpy()
         return result
+
+
+def cues(wanted: TrackerConfig, *, texture: str) -> str:
+    """What the tracker's cost is made of, in words.
+
+    Args:
+        wanted: settings of the tracker.
+        texture: the looks that it compares; "": none.
+    """
+    return " + ".join(
+        [
+            "location (ridge)",
+            "pose (predicted)" if wanted.predictor_weights else "pose (last seen)",
+            texture or "no texture",
+            *(["boxes"] if wanted.box_weight else []),
+            *(["log cost"] if wanted.log_cost else []),
+        ]
+    )
 
 
 def checked_predictor_digest(config: JobConfig) -> str:

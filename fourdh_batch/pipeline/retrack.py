@@ -50,7 +50,7 @@ from fourdh_batch.models.poses_given import (
     rows_of_columns,
     settle,
 )
-from fourdh_batch.pipeline.following import TrackerModels, checked_predictor_digest
+from fourdh_batch.pipeline.following import TrackerModels, checked_predictor_digest, cues
 from fourdh_batch.pipeline.job import (
     PROGRESS_S,
     STORAGE_ATTEMPTS,
@@ -676,8 +676,6 @@ def planning_card(config: JobConfig, source: PoseSource) -> ModelCard:
             },
         }
     )
-    pose = "predicted" if predictor else "last seen"
-    texture = "compact looks where given" if poses.looks else "no texture"
     weights = source.origin()[0] if isinstance(source, EarlierRun) else GIVEN
     return ModelCard(
         fingerprint=fingerprint,
@@ -685,7 +683,7 @@ def planning_card(config: JobConfig, source: PoseSource) -> ModelCard:
         weights_origin=weights,
         body="",
         detector=f"poses:{poses.layout}",
-        cues=f"location (ridge) + pose ({pose}) + {texture}",
+        cues=cues(tracker, texture="compact looks where given" if poses.looks else ""),
     )
 
 

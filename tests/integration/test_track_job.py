@@ -342,6 +342,9 @@ def test_our_own_output_is_tracked_again_to_the_same_rows(tmp_path: Path) -> Non
     assert videos["fps"].tolist() == [25.0]
     assert run(first, again, "tracker.store_appearance=true").num_shards_before == 1
     assert len(run(first, again, "poses.looks=false").shards) == 1
+    report = run(first, again, "tracker.box_weight=2", "tracker.log_cost=true")
+    assert len(report.shards) == 1
+    assert report.card.cues.endswith(" + compact looks where given + boxes + log cost")
 
 
 def test_output_without_stored_bodies_is_tracked_from_its_tracks(tmp_path: Path) -> None:

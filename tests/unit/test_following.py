@@ -76,6 +76,8 @@ def test_the_card_says_which_cues_count(tmp_path: Path) -> None:
     )
     assert both == "location (ridge) + pose (predicted) + texture"
     assert cues("tracker.box_weight=2").endswith(" + no texture + boxes")
+    ours = cues("tracker.box_weight=2", "tracker.log_cost=true")
+    assert ours.endswith(" + no texture + boxes + log cost")
 
 
 def test_missing_weights_are_found_before_anything_starts(tmp_path: Path) -> None:
