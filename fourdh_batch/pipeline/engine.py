@@ -228,6 +228,10 @@ def model_card(config: JobConfig) -> ModelCard:
         problems.append(
             f"detector.name: expected one of {', '.join(DETECTORS)}, got {wanted.name!r}"
         )
+    elif wanted.path == MINI and wanted.name not in (TRANSFORMERS, GIVEN):
+        problems.append(
+            f"detector.name: expected {TRANSFORMERS} with detector.path={MINI}, got {wanted.name!r}"
+        )
     if problems:
         raise ConfigError("wrong settings:\n  " + "\n  ".join(problems))
     digest = _digest_path(str(shipped(hmr.weights, HMR2)), "hmr.weights")

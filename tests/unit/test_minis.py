@@ -25,7 +25,7 @@ from fourdh_batch.models.minis import (
 )
 from fourdh_batch.models.smpl import load_body
 from fourdh_batch.models.weights import check_weights
-from fourdh_batch.pipeline.engine import build_model
+from fourdh_batch.pipeline.engine import build_model, model_card
 
 MAX_BYTES = 30_000_000
 DIGESTS: dict[str, Callable[[], str]] = {
@@ -65,6 +65,23 @@ def test_their_parts_can_be_checked_by_name() -> None:
     assert "mini: pose predictor, " in check_weights(MINI, part="predictor")
     with pytest.raises(ConfigError, match=r"mini: expected one of the parts .*, got none"):
         check_weights(MINI)
+
+
+def test_the_detector_is_of_one_kind_whatever_lies_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def card(*words: str) -> str:
+        return model_card(load_config(None, ["hmr.weights=mini", *words])).detector
+
+    (tmp_path / MINI).mkdir()
+    (tmp_path / MINI / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    name = "detector.name=transformers"
+    found = card(name, f"detector.path={MINI}")
+    assert found == card(name, f"detector.path={FOLDER / DETECTOR}")
+    assert found != card(name, f"detector.path=./{MINI}")
+    with pytest.raises(ConfigError, match=r"expected transformers with detector\.path=mini"):
+        card(f"detector.path={MINI}")
 
 
 def test_another_body_than_they_know_is_warned_of(
