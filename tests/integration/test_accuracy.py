@@ -67,10 +67,13 @@ def test_bodies_are_as_right_as_the_small_model_makes_them(report: Report) -> No
     assert pose.pck["0.1"] == pytest.approx(PCK_01, abs=0.02)
 
 
-def test_every_cue_helps_people_who_cross_in_the_boxes_of_a_middling_detector(
+def test_looks_poses_and_prediction_keep_people_who_cross_apart_in_a_middling_detectors_boxes(
     tmp_path: Path, local_ray: None
 ) -> None:
-    """Without looks, poses or prediction one of the three becomes another: IDF1 0.83."""
+    """Without any one of these cues one of the three people becomes another: IDF1 and HOTA 0.83.
+
+    Without places, boxes or `log_cost` nobody does.
+    """
     body = fb.load_body()
     corpus, boxes, tables = (tmp_path / name for name in ("corpus", "boxes.parquet", "tables"))
     clips = held_out_corpus(corpus, body, seed=1000, count=1, num_frames=90, height=288)
@@ -82,7 +85,7 @@ def test_every_cue_helps_people_who_cross_in_the_boxes_of_a_middling_detector(
     scores = evaluate(str(tables), str(truth), body=body).overall.tracking["iou50"]
     assert scores.id_switches == 0
     assert scores.idf1 == pytest.approx(0.99, abs=0.02)
-    assert scores.hota > 0.9
+    assert scores.hota > 0.88
     assert 1 <= scores.misses + scores.false_positives <= 12
 
 
