@@ -83,6 +83,13 @@ def test_infinite_numbers_are_refused(word: str) -> None:
         load_config(None, [word])
 
 
+@pytest.mark.parametrize("word", ["tracker.box_weight=2", "tracker.log_cost=true"])
+def test_what_the_published_tracker_lacks_is_refused_with_compat(word: str) -> None:
+    load_config(None, [word])
+    with pytest.raises(ConfigError, match=rf"{word.partition('=')[0]}: .*with tracker\.compat"):
+        load_config(None, [word, "tracker.compat=true"])
+
+
 def test_shares_of_a_gpu_must_fit_on_one_where_trackers_use_it() -> None:
     words = ["cluster.trackers_per_actor=2"]
     load_config(None, words)  # without a network they take none
