@@ -43,6 +43,7 @@ BUCKET = f"faults-{os.getpid()}"
 BLOCK = 4096
 CAPTIVE = b"<html><p>Welcome &nbsp; to our network"
 ATTEMPTS = 4
+ANY_SHARE = -10.0  # of the disk may be free: tests must not depend on what else is on it
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def proxy(running: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> S3Proxy:
     running.bytes_per_s = None
     monkeypatch.setattr(storage, "READ_BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(storage, "_retry", storage._Retry(ATTEMPTS, 0.001))
+    monkeypatch.setattr(storage, "KEEP_FREE_SHARE", ANY_SHARE)
     return running
 
 
@@ -396,6 +398,7 @@ def test_a_killed_reader_leaves_nothing_on_disk(
 import os, signal
 from fourdh_batch import storage
 storage.READ_BLOCK_BYTES = {BLOCK}
+storage.KEEP_FREE_SHARE = {ANY_SHARE}
 file = storage.open_read({store.uri("v")!r})
 file.read()
 print(len(file.raw._spooled), flush=True)
@@ -460,8 +463,9 @@ def test_a_disk_without_room_costs_requests_and_nothing_else(
     monkeypatch.setattr(storage, "READ_BLOCK_BYTES", 2**19)
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
     if is_full:
-        monkeypatch.setattr(storage, "KEEP_FREE_SHARE", -10.0)
         fill(small_disk / "other")
+    else:
+        monkeypatch.setattr(storage, "KEEP_FREE_SHARE", 0.1)
     with caplog.at_level(logging.INFO), open_read(store.uri("v")) as file:
         for _ in range(2):
             file.seek(0)
