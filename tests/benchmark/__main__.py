@@ -35,6 +35,12 @@ WITH_WORDS = {"accuracy"}  # take key=value words
 
 
 def main(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
+    if options := sorted(w for w in words if w.startswith("-") and w != "--json"):
+        print(f"unknown: {', '.join(options)}; known: --json, --help", file=sys.stderr)
+        return 2
     given = [word for word in words if "=" in word]
     names = [word for word in words if not word.startswith("-") and "=" not in word] or list(QUICK)
     unknown = sorted(set(names) - set(ALL))
