@@ -410,7 +410,11 @@ def weights_list_command() -> None:
             f"{name:8} {count:6.1f} M numbers; backbone {size.vit_depth} x {size.vit_dim}, "
             f"decoder {size.head_depth} x {size.head_dim}; crops of {256 // size.shrink} px"
         )
-    typer.echo("\nhmr.weights=mini is the trained mini of this package (assets/mini/CARDS.md).")
+    typer.echo(
+        "\nThe word mini stands for a small trained model of this package (assets/mini/CARDS.md):\n"
+        "hmr.weights=mini, tracker.texture_weights=mini, tracker.predictor_weights=mini,\n"
+        "detector.name=transformers detector.path=mini"
+    )
 
 
 @weights_app.command("import")

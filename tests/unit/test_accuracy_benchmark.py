@@ -17,6 +17,7 @@ from fourdh_batch.pipeline.following import TrackerModels
 from fourdh_batch.pipeline.records import ChunkResult
 from fourdh_batch.synthetic.corpus import BOXES, Clip
 from fourdh_batch.types import F64, Bool, Detections, People, RleMask
+from tests.benchmark import __main__ as benchmarks
 from tests.benchmark.accuracy import MARKER, require_ours, run
 from tests.benchmark.accuracy_input import write_perturbed_boxes
 from tests.benchmark.accuracy_trackers import SORT_MAX_AGE, OneCueLessModels, track_by_overlap
@@ -24,6 +25,19 @@ from tests.benchmark.accuracy_trackers import SORT_MAX_AGE, OneCueLessModels, tr
 SIZE_HW = (120, 160)
 NUM_FRAMES = 60
 NUM_HIDDEN = 20  # first frames, in which little of a person is seen
+
+
+def test_options_are_told_and_others_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> None:
+        raise AssertionError(f"{name} was run")
+
+    monkeypatch.setattr(benchmarks, "import_module", fail)
+    assert benchmarks.main(["decode", "--help"]) == 0
+    assert "python -m tests.benchmark" in capsys.readouterr().out
+    assert benchmarks.main(["decode", "--jsn"]) == 2
+    assert "unknown: --jsn" in capsys.readouterr().err
 
 
 def test_motion_capture_survives_an_output_beside_it(tmp_path: Path) -> None:

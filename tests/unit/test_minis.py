@@ -28,12 +28,6 @@ from fourdh_batch.models.weights import check_weights
 from fourdh_batch.pipeline.engine import build_model, model_card
 
 MAX_BYTES = 30_000_000
-DIGESTS: dict[str, Callable[[], str]] = {
-    HMR2: lambda: load_hmr2(MINI, load_body(), device="cpu").weights_digest,
-    TEXTURE: lambda: load_texture_encoder(MINI).weights_digest,
-    PREDICTOR: lambda: load_pose_predictor(MINI).weights_digest,
-    DETECTOR: lambda: detector_digest(),
-}
 
 
 def detector_digest() -> str:
@@ -41,6 +35,14 @@ def detector_digest() -> str:
     from fourdh_batch.models.detector_transformers import _load, _weights_digest
 
     return _weights_digest(_load(MINI)[0])
+
+
+DIGESTS: dict[str, Callable[[], str]] = {
+    HMR2: lambda: load_hmr2(MINI, load_body(), device="cpu").weights_digest,
+    TEXTURE: lambda: load_texture_encoder(MINI).weights_digest,
+    PREDICTOR: lambda: load_pose_predictor(MINI).weights_digest,
+    DETECTOR: detector_digest,
+}
 
 
 @pytest.mark.parametrize("name", DIGESTS)
