@@ -68,6 +68,8 @@ def load_real_poses(path: str, *, seed: int) -> StoredPoses:
         pose = axis_angle_to_rotmat(axis_angle.reshape(len(axis_angle), -1, 3)[:, 1:])
     if not len(betas):
         raise CheckpointError(f"{path}: expected bodies, got none")
+    if not (np.isfinite(pose).all() and np.isfinite(betas).all()):
+        raise CheckpointError(f"{path}: expected finite bodies, got NaN or infinity")
     return StoredPoses(pose.astype(np.float32), betas.astype(np.float32), seed=seed)
 
 

@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 
 from fourdh_batch.errors import CheckpointError, TrainingError
+from fourdh_batch.evaluate.pose import PELVIS_KEYPOINT
 from fourdh_batch.geometry import SCALE_UNIT_PX, axis_angle_to_rotmat, crop_square
 from fourdh_batch.models.unpickle import load_restricted_pickle
 from fourdh_batch.storage import list_files, open_read
@@ -61,6 +62,7 @@ CORRUPT_KEYS = frozenset(
     )
 )
 _IMAGES = ("jpg", "jpeg", "png")
+_NO_RECORD = (ValueError, TypeError, AttributeError)
 _COUNTING = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -148,7 +150,7 @@ class TarPeople:
                     labelled = _filtered(record, image, self._histogram)
                     if labelled:
                         people.append(labelled)
-        except (CheckpointError, tarfile.TarError, LookupError, ValueError, TypeError) as error:
+        except (CheckpointError, tarfile.TarError, LookupError, *_NO_RECORD) as error:
             raise TrainingError(f"{uri}: not in the training layout: {error}") from error
         return people
 
@@ -191,11 +193,13 @@ def _filtered(
     record: Mapping[str, Any], image: tuple[int, int], histogram: PoseHistogram | None
 ) -> _Labelled | None:
     """A person after the published filters, in their order; None where the person is left out."""
-    keypoints_2d = _array(record, "keypoints_2d", NUM_KEYPOINTS, 3).copy()
+    keypoints_2d = _known(_array(record, "keypoints_2d", NUM_KEYPOINTS, 3))
     keypoints_2d[keypoints_2d[:, 2] < MIN_CONFIDENCE, 2] = 0
     betas, pose = _array(record, "betas", NUM_BETAS), _array(record, "body_pose", 72)
-    has_betas = bool(record["has_betas"]) and not (np.abs(betas) > MAX_BETA).any()
-    has_pose = bool(record["has_body_pose"]) and (histogram is None or histogram.allows(pose[3:]))
+    has_betas = bool(record["has_betas"]) and bool((np.abs(betas) <= MAX_BETA).all())
+    is_pose = bool(np.isfinite(pose).all())
+    has_pose = bool(record["has_body_pose"]) and is_pose
+    has_pose = has_pose and (histogram is None or histogram.allows(pose[3:]))
     has_both = has_betas and has_pose
     if (keypoints_2d[:, 2] > 0).sum() < MIN_KEYPOINTS:
         return None
@@ -207,13 +211,18 @@ def _filtered(
     center = _array(record, "center", 2)
     if not (np.isfinite(center).all() and (size >= 1).all() and np.isfinite(size).all()):
         return None
+    if not (center + size / 2 > center - size / 2).all():  # so far away that nothing is left
+        return None
+    keypoints_3d = _array(record, "keypoints_3d", NUM_KEYPOINTS, 4)
+    if not np.isfinite(keypoints_3d[PELVIS_KEYPOINT]).all():  # which they are counted from
+        keypoints_3d = np.zeros_like(keypoints_3d)
     return _Labelled(
         *image,
         center_px=center,
         size_px=size,
         keypoints_2d=keypoints_2d,
-        keypoints_3d=_array(record, "keypoints_3d", NUM_KEYPOINTS, 4),
-        pose=pose,
+        keypoints_3d=_known(keypoints_3d),
+        pose=pose if is_pose else np.zeros_like(pose),
         # Without known betas the target is the mean shape, and it counts.
         betas=betas if has_both else np.zeros_like(betas),
         has_pose=float(has_both),
@@ -256,6 +265,11 @@ def _image(file: BinaryIO, labelled: _Labelled) -> U8 | None:
 def _read(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
     file.seek(offset)
     return file.read(num_bytes)
+
+
+def _known(keypoints: F32) -> F32:
+    """A copy in which keypoints with a number that is not finite are zero, confidence included."""
+    return np.where(np.isfinite(keypoints).all(axis=1, keepdims=True), keypoints, np.float32(0))
 
 
 def _array(record: Mapping[str, Any], name: str, *shape: int) -> F32:

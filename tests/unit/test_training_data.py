@@ -13,6 +13,7 @@ import pytest
 from fourdh_batch.config import AugmentConfig
 from fourdh_batch.errors import CheckpointError, TrainingError
 from fourdh_batch.geometry import axis_angle_to_rotmat
+from fourdh_batch.training.augment import make_example
 from fourdh_batch.training.data import CYCLE, MixedExamples
 from fourdh_batch.training.examples import Person, collate
 from fourdh_batch.training.pose_histogram import NUM_BINS, THRESHOLDS, PoseHistogram
@@ -163,6 +164,40 @@ class TestTars:
         assert [float(p.betas[0]) for p in by_size] == [0, 0, 0.5]
         assert (by_size[2].keypoints_2d[:, 2] > 0).sum() == 5
 
+    def test_numbers_that_are_not_finite_are_unknown(self, tmp_path: Path) -> None:
+        nan = np.nan
+        picture, space, origin = (record()[n] for n in ("keypoints_2d", *["keypoints_3d"] * 2))
+        picture[0], picture[1] = (nan, nan, 0), (30, 30, nan)
+        space[3], origin[39, 0] = (nan, nan, nan, 0), nan  # the pelvis of the others
+        people = {
+            "picture": record(keypoints_2d=picture),
+            "space": record(keypoints_3d=space),
+            "origin": record(keypoints_3d=origin),
+            "shape": record(betas=np.full(10, nan)),
+            "no pose": record(body_pose=np.full(72, nan), has_body_pose=np.array(0.0)),
+            "pose": record(body_pose=np.full(72, nan)),
+        }
+        known = {}
+        for name, person in people.items():
+            write_tar(tmp_path / f"{name}.tar", {"k": [person]})
+            known[name] = TarPeople(str(tmp_path / f"{name}.tar"), seed=0).person(0)
+            for field in make_example(known[name]):
+                assert np.isfinite(field).all(), name
+        assert (known["picture"].keypoints_2d[:, 2] > 0).sum() == 42
+        assert (known["space"].keypoints_3d[:, 3] > 0).sum() == 43
+        assert not known["origin"].keypoints_3d.any()
+        assert [p.has_pose for p in known.values()] == [1, 1, 1, 0, 0, 0]
+
+    def test_a_person_out_of_reach_is_left_out_and_a_strange_record_named(
+        self, tmp_path: Path
+    ) -> None:
+        write_tar(tmp_path / "a.tar", {"k": [record(center=np.array([1e30, 1e30]))]})
+        with pytest.raises(TrainingError, match="nobody passes"):
+            TarPeople(str(tmp_path / "a.tar"), seed=0).person(0)
+        write_tar(tmp_path / "b.tar", {"k": [record(extra_info=[1])]})
+        with pytest.raises(TrainingError, match=r"b\.tar: not in the training layout"):
+            TarPeople(str(tmp_path / "b.tar"), seed=0).person(0)
+
     def test_a_picture_that_cannot_be_decoded_is_passed_over(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -216,6 +251,9 @@ def test_real_poses_come_once_a_round_in_another_order(tmp_path: Path) -> None:
     row = rounds[0][0]
     expected = axis_angle_to_rotmat(np.array([0.1 * row, 0, 0], dtype=np.float32))
     np.testing.assert_allclose(real[0][0][0], expected, atol=1e-6)
+    np.savez(path, body_pose=pose, betas=np.full((7, 10), np.nan))
+    with pytest.raises(CheckpointError, match="expected finite bodies"):
+        load_real_poses(str(path), seed=0)
     np.savez(path, body_pose=pose[:, :69], betas=np.zeros((7, 10)))
     with pytest.raises(CheckpointError, match=r"expected body_pose \(N, 72\)"):
         load_real_poses(str(path), seed=0)
