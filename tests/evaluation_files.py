@@ -60,7 +60,11 @@ def detections_of(tracks: Any) -> Any:
 
 
 def write_root(
-    root: str, videos: Mapping[str, Any], *, statuses: Mapping[str, str] | None = None
+    root: str,
+    videos: Mapping[str, Any],
+    *,
+    statuses: Mapping[str, str] | None = None,
+    fps: float | None = None,
 ) -> str:
     """An output root with these rows of `tracks`, and a detection for each."""
     store = Store(root)
@@ -70,7 +74,7 @@ def write_root(
         if tracks is not None:
             spool.append("tracks", tracks)
             spool.append("detections", detections_of(tracks))
-        spool.append("videos", videos_table(name, status=(statuses or {}).get(name, "ok")))
+        spool.append("videos", videos_table(name, status=(statuses or {}).get(name, "ok"), fps=fps))
         ids = [] if tracks is None else tracks["track_id"].to_pylist()
         spool.finish({"track_len": {str(track): ids.count(track) for track in set(ids)}})
     spool.save()

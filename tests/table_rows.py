@@ -50,13 +50,16 @@ def tracks_table(
     )
 
 
-def videos_table(video_id: str, *, dataset: str = "ava", status: str = "ok") -> Any:
+def videos_table(
+    video_id: str, *, dataset: str = "ava", status: str = "ok", fps: float | None = None
+) -> Any:
     """The row of one video."""
     row = {
         "dataset": dataset,
         "video_id": video_id,
         "uri": f"/videos/{video_id}",
         "content_fingerprint": "c",
+        "fps": fps,
         "frames_decoded": 1,
         "num_shots": 1,
         "num_tracks": 2,

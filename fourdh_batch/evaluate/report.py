@@ -189,7 +189,7 @@ def evaluate(
     """
     notes: list[str] = []
     true_rows, named = _read_truth(truth, notes)
-    if true_rows.num_rows == 0:
+    if true_rows.num_rows == 0 and not named:
         raise ConfigError(f"{redact_uri(truth)}: expected rows of true people, got none")
     wanted = sorted({*pc.unique(true_rows["video_id"]).to_pylist(), *named})
     done, others = _finished_videos(predictions, dataset, wanted)
@@ -209,7 +209,10 @@ def evaluate(
         tracks = _by_video(_read(predictions, "tracks", dataset, found, columns), names)
         boxes = _by_video(_read_boxes(predictions, boxes_of, dataset, found), names)
         for name in names:
-            samples[name] = _score_video(truth_of[name], tracks[name], boxes[name], body, notes)
+            fps = done.get(name) or _fps(tracks[name])
+            samples[name] = _score_video(
+                truth_of[name], tracks[name], boxes[name], body, fps, notes
+            )
             num_done += 1
             on_step("videos", num_done, len(wanted))
     scored = {name: tracking_scores(_tracks_of(samples), name) for name in protocols}
@@ -224,7 +227,7 @@ def evaluate(
         per_video=per_video,
         status={name: OK if name in done else MISSING for name in wanted},
         overall=overall,
-        without_truth=sorted(others - done),
+        without_truth=sorted(others - done.keys()),
         boxes_of=boxes_of,
         notes=list(dict.fromkeys(notes)),
     )
@@ -304,17 +307,21 @@ def _plain_types(uri: str, table: Any) -> Any:
 
 def _finished_videos(
     root: str, dataset: str | None, wanted: Sequence[str]
-) -> tuple[set[str], set[str]]:
-    """Those of the wanted videos with a result, and all with a result."""
-    columns = ["dataset", "video_id", "status"]
+) -> tuple[dict[str, float | None], set[str]]:
+    """Those of the wanted videos with a result, with their frame rate where it was told, and all
+    with a result."""
+    columns = ["dataset", "video_id", "status", "fps"]
     rows = read_arrow(root, "videos", columns=columns, dataset=dataset).to_pandas()
     rows = rows[rows["status"].isin(["ok", "partial"])]
     several = rows[rows["video_id"].isin(wanted)].duplicated("video_id")
     if several.any():
         names = sorted(set(rows["dataset"]))
         raise ConfigError(f"{redact_uri(root)}: several datasets, name one: {', '.join(names)}")
-    videos = set(rows["video_id"])
-    return videos & set(wanted), videos
+    fps = {
+        name: round(rate, 3) if rate > 0 else None  # null is NaN
+        for name, rate in zip(rows["video_id"], rows["fps"].astype(float), strict=True)
+    }
+    return {name: fps[name] for name in wanted if name in fps}, set(fps)
 
 
 def _boxes_of(root: str, dataset: str | None) -> str:
@@ -447,10 +454,14 @@ class _Samples:
 
 
 def _score_video(
-    true_rows: Any, track_rows: Any, box_rows: Any, body: SmplBody | None, notes: list[str]
+    true_rows: Any,
+    track_rows: Any,
+    box_rows: Any,
+    body: SmplBody | None,
+    fps: float | None,
+    notes: list[str],
 ) -> _Samples:
     truth, predicted = _People.of(true_rows), _People.of(track_rows)
-    fps = _fps(track_rows)
     seen_rows = np.flatnonzero(predicted.is_seen)
     guessed_rows = np.flatnonzero(~predicted.is_seen)
     there, found, _ = match_boxes(truth.boxes, predicted.boxes.take(seen_rows))
@@ -584,7 +595,10 @@ def _frames(truth: _People, box_rows: Any) -> list[FrameMatches]:
 
 
 def _fps(rows: Any) -> float | None:
-    """Frames per second of a video, from the times of its rows; None of fewer than two frames."""
+    """Frames per second of a video, from the times of its rows; None of fewer than two frames.
+
+    For tables that do not tell it: times in whole ms, as of Matroska, make 30.303 of 30.
+    """
     frame, first = np.unique(rows["frame_index"].to_numpy(), return_index=True)
     if len(frame) < 2:
         return None

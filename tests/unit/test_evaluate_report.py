@@ -66,6 +66,13 @@ def test_errors_have_their_exact_size(tmp_path: Path) -> None:
     assert pose.pck == {"0.05": 0, "0.1": 1}  # 15 of 200 px
 
 
+def test_the_frame_rate_is_the_one_of_the_video(tmp_path: Path) -> None:
+    times_s = np.round(np.repeat(np.arange(8), 2) / 30, 3)  # of a container that counts in ms
+    rows = people("a.mkv", pts_s=times_s)
+    root = write_root(str(tmp_path / "root"), {"a.mkv": rows}, fps=30)
+    assert evaluate(root, write_truth(tmp_path / "t.parquet", rows)).overall.pose.fps == 30
+
+
 def test_no_acceleration_is_taken_across_a_cut_or_a_gap(tmp_path: Path) -> None:
     points = np.random.default_rng(1).normal(size=(16, 44, 3)).astype(np.float32)
     root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4", keypoints_3d_m=points)})
@@ -151,6 +158,9 @@ def test_what_is_found_where_nobody_is_is_wrong(tmp_path: Path) -> None:
     assert report.per_video["a-empty.mp4"].tracking["iou50"].false_positives == 16
     assert report.overall.boxes.ap < 1
     assert report.overall.pose.matched == 1
+    nobody = write_truth(tmp_path / "n.parquet", with_video_ids(rows.slice(0, 0), ["a-empty.mp4"]))
+    strict = evaluate(root, nobody).overall.tracking["iou50"]
+    assert (strict.matches, strict.misses, strict.false_positives) == (0, 0, 16)
     told = pq.read_table(tmp_path / "t.parquet").replace_schema_metadata({"video_ids": "{}"})
     pq.write_table(told, tmp_path / "t.parquet")
     with pytest.raises(SchemaError, match="video_ids: expected a list of ids"):
