@@ -54,6 +54,7 @@ OK, MISSING = "ok", "missing"
 VIDEOS_AT_ONCE = 32  # read together; their rows lie in memory
 BODIES_AT_ONCE = 64  # posed together
 NAMED_VIDEOS = 5  # in messages
+FPS_DIGITS = 2  # more would tell videos apart whose times are rounded
 
 BOX_COLUMNS = ("video_id", "frame_index", "track_id", "bbox_xyxy_px")
 STATE_COLUMNS = ("state", "shot_id")
@@ -318,7 +319,7 @@ def _finished_videos(
         names = sorted(set(rows["dataset"]))
         raise ConfigError(f"{redact_uri(root)}: several datasets, name one: {', '.join(names)}")
     fps = {
-        name: round(rate, 3) if rate > 0 else None  # null is NaN
+        name: round(rate, FPS_DIGITS) if rate > 0 else None  # null is NaN
         for name, rate in zip(rows["video_id"], rows["fps"].astype(float), strict=True)
     }
     return {name: fps[name] for name in wanted if name in fps}, set(fps)
@@ -597,13 +598,13 @@ def _frames(truth: _People, box_rows: Any) -> list[FrameMatches]:
 def _fps(rows: Any) -> float | None:
     """Frames per second of a video, from the times of its rows; None of fewer than two frames.
 
-    For tables that do not tell it: times in whole ms, as of Matroska, make 30.303 of 30.
+    For tables that do not tell it: times in whole ms, as of Matroska, make 30.3 of 30.
     """
     frame, first = np.unique(rows["frame_index"].to_numpy(), return_index=True)
     if len(frame) < 2:
         return None
     step_s = np.median(np.diff(rows["pts_s"].to_numpy()[first]) / np.diff(frame))
-    return round(1 / float(step_s), 3) if step_s > 0 else None
+    return round(1 / float(step_s), FPS_DIGITS) if step_s > 0 else None
 
 
 # --- all videos --------------------------------------------------------------------------------

@@ -51,6 +51,12 @@ def test_a_second_box_on_the_same_person_is_a_false_alarm() -> None:
     assert result.ap50 == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
+def test_the_hundred_best_boxes_of_a_frame_count() -> None:
+    wrong = [(1000.0 + 200 * n, 0.9) for n in range(99)]
+    assert average_precision([frame([0], [*wrong, (0, 0.5)])]).recall50 == 1
+    assert average_precision([frame([0], [*wrong, (900, 0.8), (0, 0.5)])]).recall50 == 0
+
+
 def test_a_loose_box_counts_at_low_thresholds_only() -> None:
     result = average_precision([frame([0], [(100 / 3, 0.9)])])  # IoU 0.5
     assert (result.ap50, result.ap75) == (1, 0)

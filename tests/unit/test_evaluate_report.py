@@ -69,8 +69,22 @@ def test_errors_have_their_exact_size(tmp_path: Path) -> None:
 def test_the_frame_rate_is_the_one_of_the_video(tmp_path: Path) -> None:
     times_s = np.round(np.repeat(np.arange(8), 2) / 30, 3)  # of a container that counts in ms
     rows = people("a.mkv", pts_s=times_s)
-    root = write_root(str(tmp_path / "root"), {"a.mkv": rows}, fps=30)
+    root = write_root(str(tmp_path / "root"), {"a.mkv": rows}, fps=89 / 2.967)
     assert evaluate(root, write_truth(tmp_path / "t.parquet", rows)).overall.pose.fps == 30
+
+
+def test_acceleration_is_that_of_the_body_about_its_pelvis(tmp_path: Path) -> None:
+    true = people("a.mp4")
+    points = np.stack(true["keypoints_3d_m"].to_numpy()).reshape(-1, 44, 3)
+    shaken = points + np.random.default_rng(0).normal(size=(16, 1, 3)).astype(np.float32)
+    for found, other in ((shaken, points), (points, shaken)):
+        root = write_root(
+            str(tmp_path / str(len(list(tmp_path.iterdir())))),
+            {"a.mp4": people("a.mp4", keypoints_3d_m=found)},
+        )
+        truth = write_truth(tmp_path / "t.parquet", people("a.mp4", keypoints_3d_m=other))
+        error = evaluate(root, truth).overall.pose.acceleration_mm_per_frame2
+        assert error == pytest.approx(0, abs=1e-2)
 
 
 def test_no_acceleration_is_taken_across_a_cut_or_a_gap(tmp_path: Path) -> None:
@@ -129,6 +143,14 @@ def test_a_missing_or_failed_video_is_all_misses_and_named(tmp_path: Path) -> No
     assert report.overall.tracking["phalp"].hota == pytest.approx(0.25)
     assert (report.overall.pose.matched, report.overall.pose.num_people) == (0.25, 16)
     assert report.overall.boxes.recall50 == 0.25
+
+
+def test_a_video_that_lost_frames_is_scored_with_those_it_has(tmp_path: Path) -> None:
+    half = people("a.mp4").slice(0, 8)
+    root = write_root(str(tmp_path / "root"), {"a.mp4": half}, statuses={"a.mp4": "partial"})
+    report = evaluate(root, write_truth(tmp_path / "t.parquet", people("a.mp4")))
+    assert (report.status, report.overall.pose.matched) == ({"a.mp4": "ok"}, 0.5)
+    assert report.overall.tracking["iou50"].misses == 8
 
 
 def test_a_run_that_found_nobody_is_a_result(tmp_path: Path) -> None:
