@@ -10,8 +10,9 @@ The published recipe on 8 GPUs (tars, ViTPose backbone, SMPL and mean parameters
       init_backbone=vitpose_backbone.pth mean_params=smpl_mean_params.npz \\
       body=SMPL_NEUTRAL.pkl extra_regressor=SMPL_to_J19.pkl \\
       real_poses=cmu_mocap.npz pose_histogram=amass_poses_hist100_SMPL+H_G.npy
-On an output of the main job, as pseudo ground truth:
+On an output of the main job, as pseudo ground truth, with the body of that run:
   python jobs/train_hmr2.py output=/data/hmr2_ava init=hmr2.safetensors size=vit_h \\
+      body=SMPL_NEUTRAL.pkl extra_regressor=SMPL_to_J19.pkl \\
       'sources=[{kind: tables, path: /data/tables}]'
 
 A leading YAML file takes the place of jobs/train_hmr2.yaml; every setting is a key=value word.

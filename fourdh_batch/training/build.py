@@ -146,7 +146,9 @@ def _examples(
         "synthetic": lambda path, own: SyntheticPeople(
             body, recordings(path) if path else (), seed=own, crop_px=crop_px
         ),
-        "tables": lambda path, own: TablePeople(path, seed=own),
+        "tables": lambda path, own: TablePeople(
+            path, seed=own, body_model=f"{body.name}:{body.digest[:16]}"
+        ),
         "tars": lambda path, own: TarPeople(path, seed=own, histogram=histogram),
     }
     return MixedExamples(

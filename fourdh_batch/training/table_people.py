@@ -10,10 +10,11 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from fourdh_batch.errors import TrainingError, VideoError
 from fourdh_batch.geometry import crop_square
-from fourdh_batch.storage import is_local, open_read
+from fourdh_batch.storage import is_local, open_read, redact_uri
 from fourdh_batch.tables.reader import read_arrow, read_table, read_tracks, smpl_arrays
 from fourdh_batch.training.examples import Person
 from fourdh_batch.types import U8
@@ -39,21 +40,30 @@ class TablePeople:
     Args:
         root: output root of a run; its `videos` say where the videos are.
         seed: of the order.
+        body_model: as in `tracks`, of the body that is trained with; rows of another are warned of,
+            for their betas are other shapes. Empty: any.
 
     Raises:
         FileNotFoundError: nothing was committed there.
         TrainingError: no row is of use.
     """
 
-    def __init__(self, root: str, *, seed: int) -> None:
+    def __init__(self, root: str, *, seed: int, body_model: str = "") -> None:
         self._root = root
         self._seed = seed
         detected = [("state", "==", "detected")]
-        index = read_arrow(
-            root, "tracks", columns=["dataset", "video_id", "frame_index"], filters=detected
-        ).to_pandas()
-        if index.empty:
+        columns = ["dataset", "video_id", "frame_index", "body_model"]
+        rows = read_arrow(root, "tracks", columns=columns, filters=detected)
+        if rows.num_rows == 0:
             raise TrainingError(f"{root}: expected detected people, got none")
+        others = sorted(set(pc.unique(rows["body_model"]).to_pylist()) - {body_model})
+        if body_model and others:
+            logger.warning(
+                "%s: made with the body %s, trained with %s, of which the same betas are another "
+                "shape; see body=",
+                *(redact_uri(root), ", ".join(others), body_model),
+            )
+        index = rows.drop_columns("body_model").to_pandas()
         index["window"] = index["frame_index"] // WINDOW_FRAMES
         counts = index.groupby(["dataset", "video_id", "window"], sort=True).size()
         self._windows = list(counts.index)

@@ -15,6 +15,7 @@ from fourdh_batch.errors import CheckpointError, ConfigError, TrainingError
 from fourdh_batch.models.build_phalp import load_pose_predictor, untrained_pose_predictor
 from fourdh_batch.models.predictor import NUM_POSE_VECTOR, PredictorSize
 from fourdh_batch.storage import Store
+from fourdh_batch.tables.reader import read_tracks
 from fourdh_batch.training.checkpoint import load_checkpoint, save_checkpoint
 from fourdh_batch.training.loop import train
 from fourdh_batch.training.predictor import PredictorTask, _simple, build_predictor_task
@@ -74,6 +75,16 @@ class TestPeople:
         with pytest.raises(TrainingError, match="cannot be read"):
             TablePeople(str(tmp_path / "tables"), seed=0).person(0)
         assert "a.mp4" in caplog.text
+
+    def test_rows_of_another_body_are_warned_of(
+        self, root: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        made_with = set(read_tracks(root)["body_model"])
+        assert len(made_with) == 1
+        TablePeople(root, seed=0, body_model=made_with.pop())
+        assert not caplog.text
+        TablePeople(root, seed=0, body_model="open:1")
+        assert "trained with open:1, of which the same betas are another shape" in caplog.text
 
     def test_rows_serve_as_real_poses(self, root: str) -> None:
         pose, betas = load_real_poses(root, seed=0)[0]
@@ -236,6 +247,24 @@ class TestTask:
         assert len(told) == int(batch.gap[1])
         assert np.isfinite(told).all()
         assert len(seen) > HISTORY
+
+    def test_sees_what_is_shown_and_has_to_tell_the_truth(self, root: str) -> None:
+        _, task = self.make(root)
+        examples = [task.held_out["tables"][n] for n in range(8)]
+        batch = task.collate(examples)
+        wrong = batch.shown.roll(3, dims=2)  # rotations no more; what is shown of hidden poses
+        hidden = torch.where(batch.is_wanted[..., None], wrong, batch.shown)
+        # Hidden ones are not looked at, neither as an input nor as the truth.
+        with torch.inference_mode():
+            figures = task.evaluate([batch])
+            assert task.evaluate([batch._replace(shown=hidden)]) == figures
+        loss = task.step(batch)["loss"]
+        _, again = self.make(root)
+        assert again.step(batch._replace(shown=hidden))["loss"] == loss
+        # Of the seen ones what is shown counts, and nothing else.
+        elsewhere = torch.where(batch.is_wanted[..., None], batch.pose, 0.5 * batch.pose)
+        with torch.inference_mode():
+            assert again.evaluate([batch._replace(pose=elsewhere)]) == again.evaluate([batch])
 
     def test_learns_to_tell_hidden_poses(self, root: str) -> None:
         config, task = self.make(root, steps=32)
