@@ -43,6 +43,7 @@ def save_checkpoint(
     settings: Mapping[str, Any],
     metadata: Mapping[str, str],
     keep: int,
+    since_log: tuple[int, Mapping[str, float]] = (0, {}),
 ) -> None:
     """Publish a checkpoint, then delete the oldest beyond `keep`.
 
@@ -54,6 +55,7 @@ def save_checkpoint(
         settings: nested, by which a later run is compared with this one.
         metadata: of the safetensors file.
         keep: checkpoints that stay.
+        since_log: see `figures_since_log`.
     """
     prefix = _prefix(step)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +66,7 @@ def save_checkpoint(
         )
         store.put_file(weights, f"{prefix}/{WEIGHTS}")
         store.put_file(moments, f"{prefix}/{OPTIMIZERS}")
-    record = {"step": step, "settings": settings}
+    record = {"step": step, "settings": settings, "since_log": [since_log[0], dict(since_log[1])]}
     store.write_bytes(LATEST, json.dumps(record, indent=1).encode())
     stored = {key.split("/")[1] for key, _ in store.list(FOLDER) if key != LATEST}
     older = sorted(name for name in stored if name < prefix.split("/")[1])
@@ -86,6 +88,20 @@ def latest_checkpoint(store: Store) -> tuple[int, dict[str, Any]] | None:
         record = json.loads(content)
         return int(record["step"]), dict(record["settings"])
     except (ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(f"{store.uri(LATEST)}: damaged record: {error}") from error
+
+
+def figures_since_log(store: Store) -> tuple[int, dict[str, float]]:
+    """Steps between the last entry of the logs and the checkpoint that counts, and the sums of
+    their figures, of which the next entry is a mean.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    try:
+        num_steps, sums = json.loads(store.read_bytes(LATEST)).get("since_log", (0, {}))
+        return int(num_steps), {str(name): float(value) for name, value in sums.items()}
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{store.uri(LATEST)}: damaged record: {error}") from error
 
 

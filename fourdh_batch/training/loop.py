@@ -30,7 +30,12 @@ from torch.utils.data import DataLoader, Dataset
 from fourdh_batch.config import LoopConfig, leaves
 from fourdh_batch.errors import ConfigError, TrainingError
 from fourdh_batch.storage import Store
-from fourdh_batch.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from fourdh_batch.training.checkpoint import (
+    figures_since_log,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fourdh_batch.training.curve import Curve
 
 logger = logging.getLogger(__name__)
@@ -120,9 +125,10 @@ def train(
         batches = _batches(task, config, range(start, config.steps), rank, world)
         if rank == 0:
             with Curve(output, first_step=start + 1) as curve:
-                figures = _run(
-                    task, config, start, batches, _Keeper(task, config, store, curve, settings)
-                )
+                keeper = _Keeper(task, config, store, curve, settings)
+                if start:
+                    keeper.go_on()
+                figures = _run(task, config, start, batches, keeper)
                 _publish(task, config, store, settings, figures)
             return figures
         return _run(task, config, start, batches, None)
@@ -157,9 +163,14 @@ class _Keeper:
         self._curve = curve
         self._settings = settings
         self._sums: dict[str, float] = {}
-        self._num_steps = 0
+        self._num_steps = 0  # of the sums
+        self._num_timed = 0  # of these in this process
         self._since = time.monotonic()
         self.figures: dict[str, float] = {}
+
+    def go_on(self) -> None:
+        """Take up the mean of the figures where an interrupted run left it."""
+        self._num_steps, self._sums = figures_since_log(self._store)
 
     def after(self, done: int, figures: Mapping[str, Tensor], rate: float) -> None:
         """What is due after so many steps."""
@@ -167,6 +178,7 @@ class _Keeper:
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
         self._num_steps += 1
+        self._num_timed += 1
         if done % config.log_every == 0 or is_last:
             self._log(done, rate)
         is_kept = done % config.checkpoint_every == 0 or is_last
@@ -179,6 +191,7 @@ class _Keeper:
                 settings=self._settings,
                 metadata=self._task.metadata,
                 keep=config.keep_checkpoints,
+                since_log=(self._num_steps, self._sums),
             )
         if done % config.evaluate_every == 0 or is_last:
             self.evaluate(done)
@@ -210,14 +223,15 @@ class _Keeper:
     def _log(self, done: int, rate: float) -> None:
         seconds = time.monotonic() - self._since
         mean = {f"train/{name}": total / self._num_steps for name, total in self._sums.items()}
-        speed = self._num_steps * self._config.batch_size * self._config.workers / seconds
+        speed = self._num_timed * self._config.batch_size * self._config.workers / seconds
         mean |= {"train/learning_rate": rate, "train/examples_per_s": speed}
         self._curve.write(done, mean)
         logger.info(
             "step %d of %d: loss %.4g, %.4g examples/s",
             *(done, self._config.steps, mean["train/loss"], speed),
         )
-        self._sums, self._num_steps, self._since = {}, 0, time.monotonic()
+        self._sums, self._num_steps, self._num_timed = {}, 0, 0
+        self._since = time.monotonic()
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:

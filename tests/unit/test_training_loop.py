@@ -154,6 +154,21 @@ def test_a_killed_training_goes_on_with_the_same_curve(body: SmplBody, tmp_path:
     assert len(list((tmp_path / "whole" / "checkpoints").glob("step-*"))) == 2
 
 
+def test_entries_of_the_curve_are_means_of_the_same_steps_after_a_kill(
+    body: SmplBody, tmp_path: Path
+) -> None:
+    loop = replace(LOOP, log_every=3)  # checkpoints after 2, 4 and 6 steps
+    run(make_task(body, loop), tmp_path / "whole", loop)
+    killed = make_task(body, loop)
+    killed.die_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, tmp_path / "killed", loop)
+    run(make_task(body, loop), tmp_path / "killed", loop)
+    whole = curve(tmp_path / "whole", "train/loss")
+    assert list(whole) == [3, 6]
+    assert curve(tmp_path / "killed", "train/loss") == whole
+
+
 def test_the_result_is_what_the_main_job_reads(body: SmplBody, tmp_path: Path) -> None:
     task = make_task(body)
     run(task, tmp_path)
