@@ -526,11 +526,11 @@ def synthesize(
     if motion is not None and not motion.is_dir():
         raise ConfigError(f"--motion: expected a folder, got {motion}")
     truth = folder / "truth.parquet"
+    if truth.exists() and not overwrite:
+        raise ConfigError(f"{folder} holds a corpus already; take another, or --overwrite")
+    recordings = load_recordings(motion) if motion is not None else []  # which may fail
     if truth.exists():
-        if not overwrite:
-            raise ConfigError(f"{folder} holds a corpus already; take another, or --overwrite")
         _remove_clips(folder, truth)
-    recordings = load_recordings(motion) if motion is not None else []
     plans = drawn_clips(seed, clips, num_recordings=len(recordings), num_frames=frames)
     made = make_corpus(
         folder,

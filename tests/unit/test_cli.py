@@ -87,6 +87,11 @@ def test_synthesize_writes_a_corpus_with_its_truth(tmp_path: Path) -> None:
     result = runner.invoke(app, ["synthesize", str(tmp_path), "--motion", "/nowhere"])
     assert result.exit_code == 2
     assert "expected a folder" in result.output
+    (tmp_path / "motion").mkdir()
+    (tmp_path / "motion" / "bad.bvh").write_text("no motion")
+    words = ["--motion", str(tmp_path / "motion"), "--overwrite"]
+    assert runner.invoke(app, ["synthesize", str(tmp_path), *words]).exit_code == 1
+    assert (tmp_path / "truth.parquet").exists()  # what is there stays until it is replaced
 
 
 def test_weights_check_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
