@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from fourdh_batch.training.checkpoint import (
 )
 from fourdh_batch.training.data import MixedExamples
 from fourdh_batch.training.examples import Person
-from fourdh_batch.training.hmr2 import HmrBatch, HmrTask
+from fourdh_batch.training.hmr2 import HmrBatch, HmrTask, evaluate_hmr2
 from fourdh_batch.training.loop import RECORD, learning_rate, seed_of, train, update
 from fourdh_batch.training.real_poses import StoredPoses
 
@@ -333,3 +334,38 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_seeds_of_neighbours_differ() -> None:
     seeds = {seed_of(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
     assert len(seeds) == 64
+
+
+def test_pck_of_crops_is_relative_to_the_person(body: SmplBody) -> None:
+    task = make_task(body)
+    batch = task.collate([task.held_out["noise"][n] for n in range(2)])
+    known = torch.ones(2, 44, 1)
+    people = batch.people._replace(
+        relative_size=torch.full((2,), 2.0),  # half as large as the crop
+        keypoints_2d=torch.cat([torch.zeros(2, 44, 2), known], dim=2),
+    )
+
+    class Off(torch.nn.Module):
+        def forward(self, crops: Any) -> Any:
+            off = torch.tensor([0.04, 0.0]).expand(2, 44, 2)
+            return SimpleNamespace(keypoints_2d=off, keypoints_3d=people.keypoints_3d[..., :3]), 0
+
+    model = untrained_hmr2("tiny", body, 0, device="cpu")
+    figures = evaluate_hmr2(Off(), model, [batch._replace(people=people)])
+    assert (figures["pck_0.05"], figures["pck_0.1"]) == (0, 1)  # 0.08 of the person
+
+
+def test_every_example_has_two_real_bodies_of_its_own(body: SmplBody) -> None:
+    betas = np.arange(80, dtype=np.float32).reshape(8, 10)
+    poses = np.zeros((8, 23, 3, 3), np.float32)
+    task = Task(
+        untrained_hmr2("tiny", body, 0, device="cpu"),
+        loop=LOOP,
+        loss=LOSS,
+        examples=MixedExamples([Noise()], [1], seed=0, augment=None),
+        held_out={},
+        num_held_out=1,
+        real=StoredPoses(poses, betas, seed=1),
+    )
+    seen = [float(real[0]) for n in range(4) for _, real in task.examples[n][1]]
+    assert sorted(seen) == betas[:, 0].tolist()
