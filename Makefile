@@ -56,7 +56,7 @@ TRAIN   ?= loop.device=auto
 DETECTOR ?=
 
 minis: $(STAMP) ## Train the small models again, into MINIS=folder; TRAIN="loop.precision=bf16 ..." for a GPU
-	$(BIN)/python jobs/train_hmr2.py output="$(MINIS)/hmr2" loop.steps=46000 $(TRAIN)
+	$(BIN)/python jobs/train_hmr2.py output="$(MINIS)/hmr2" loop.steps=71600 $(TRAIN)
 	$(BIN)/python jobs/train_predictor.py output="$(MINIS)/predictor" jitter_deg=5 $(TRAIN)
 	$(BIN)/python jobs/train_appearance.py output="$(MINIS)/appearance" $(TRAIN)
 	$(BIN)/python jobs/train_detector.py output="$(MINIS)/detector" $(TRAIN) $(DETECTOR)

@@ -62,7 +62,7 @@ HMR2_SIZES = {
     # The published model: 670 M parameters, 251 GFLOP per crop.
     "vit_h": Hmr2Size(32, 1280, 16, 6, 1024, 8, 64, 1024),
     # For CPUs: sees crops as 128 x 96.
-    "mini": Hmr2Size(2, 192, 4, 2, 256, 4, 32, 256, shrink=2, stem=MINI_STEM),
+    "mini": Hmr2Size(4, 192, 4, 2, 256, 4, 32, 256, shrink=2, stem=MINI_STEM),
     # 0.3 M parameters: for tests.
     "tiny": Hmr2Size(2, 64, 4, 2, 96, 2, 24, 80),
 }

@@ -87,7 +87,9 @@ class Attention(nn.Module):
         b, n, d = tokens.shape
         qkv = self.qkv(tokens).view(b, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, A, N, D / A)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # its gradient is slow there
+            q, k, v = q.float(), k.float(), v.float()
+        mixed = F.scaled_dot_product_attention(q, k, v).to(qkv.dtype)
         projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(b, n, d))
         return projected
 

@@ -17,13 +17,13 @@ from fourdh_batch.config import load_config
 from fourdh_batch.evaluate.report import Report, evaluate
 from fourdh_batch.synthetic.corpus import make_corpus
 from fourdh_batch.synthetic.plans import draw_plan
-from tests.benchmark.accuracy_input import held_out_corpus, write_perturbed_boxes
+from tests.benchmark.accuracy_input import write_perturbed_boxes
 
 SEED = 2000  # nothing was trained on it
 NUM_FRAMES = 30
 SHOWN = ("crossing", "gestures")
 # Of the shipped weights; another processor moves them in the third digit at most.
-PA_MPJPE_MM, MPJPE_MM, PVE_MM, PCK_01 = 82.7, 116.9, 130.3, 0.931
+PA_MPJPE_MM, MPJPE_MM, PVE_MM, PCK_01 = 71.8, 113.2, 125.0, 0.940
 AP, AP50, MISSES = 0.389, 0.859, 31  # of the shipped detector
 YAML = Path(__file__).resolve().parents[2] / "jobs" / "demo.yaml"
 
@@ -67,16 +67,19 @@ def test_bodies_are_as_right_as_the_small_model_makes_them(report: Report) -> No
     assert pose.pck["0.1"] == pytest.approx(PCK_01, abs=0.02)
 
 
-def test_looks_poses_and_prediction_keep_people_who_cross_apart_in_a_middling_detectors_boxes(
+def test_looks_poses_and_prediction_know_a_person_again_in_a_middling_detectors_boxes(
     tmp_path: Path, local_ray: None
 ) -> None:
-    """Without any one of these cues one of the three people becomes another: IDF1 and HOTA 0.83.
+    """Without any one of these cues somebody who was long hidden becomes another.
 
     Without places, boxes or `log_cost` nobody does.
     """
     body = fb.load_body()
     corpus, boxes, tables = (tmp_path / name for name in ("corpus", "boxes.parquet", "tables"))
-    clips = held_out_corpus(corpus, body, seed=1000, count=1, num_frames=90, height=288)
+    plan = draw_plan(1000, 2, features=["long_occlusion"], num_frames=90)
+    clips = make_corpus(
+        corpus, body, seed=1000, clips={"02-long_occlusion": plan}, image_size_wh=(384, 288)
+    )
     truth = corpus / "truth.parquet"
     write_perturbed_boxes(corpus / "boxes.parquet", pq.read_table(truth), clips, boxes, seed=1000)
     words = [f"input={corpus}", f"output={tables}", f"detector.path={boxes}"]
@@ -84,9 +87,9 @@ def test_looks_poses_and_prediction_keep_people_who_cross_apart_in_a_middling_de
     assert run_job(load_config(YAML, words)).exit_code == 0
     scores = evaluate(str(tables), str(truth), body=body).overall.tracking["iou50"]
     assert scores.id_switches == 0
-    assert scores.idf1 == pytest.approx(0.99, abs=0.02)
-    assert scores.hota > 0.88
-    assert 1 <= scores.misses + scores.false_positives <= 12
+    assert scores.idf1 == pytest.approx(0.97, abs=0.02)
+    assert scores.hota > 0.86
+    assert 1 <= scores.misses + scores.false_positives <= 6
 
 
 def test_the_small_detector_finds_people(

@@ -36,6 +36,16 @@ def test_attention_equals_the_explicit_formula(generator: torch.Generator) -> No
         torch.testing.assert_close(attention(tokens), expected, rtol=0, atol=1e-6)
 
 
+def test_attention_in_bf16_differs_by_rounding_alone(generator: torch.Generator) -> None:
+    attention = Attention(16, 2)
+    x = torch.randn(1, 7, 16, generator=generator)
+    exact = attention(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = attention(x)
+    assert rounded.dtype == torch.bfloat16
+    assert 0 < (rounded.float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_slot_zero_of_the_positions_is_added_to_every_token(generator: torch.Generator) -> None:
     vit = ViT(depth=1, dim=16, num_heads=2)
     image = torch.randn(1, 3, 256, 192, generator=generator)
