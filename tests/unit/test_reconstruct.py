@@ -40,8 +40,8 @@ def model(body: SmplBody) -> Hmr2:
     """Seeded weights with read-outs loud enough that no rounding hides behind the mean."""
     model = untrained_hmr2("mini", body, device="cpu")
     with torch.no_grad():
-        for name in ("decpose", "decshape", "deccam"):
-            getattr(model.smpl_head, name).weight.mul_(30)
+        for name, gain in (("decpose", 30), ("decshape", 30), ("deccam", 5)):
+            getattr(model.smpl_head, name).weight.mul_(gain)
     return model
 
 
@@ -318,7 +318,7 @@ def test_textures_are_those_of_the_crops_masks_and_surfaces(
             np.testing.assert_array_equal(got.texture[one], pack_texture(maps).numpy())
             np.testing.assert_array_equal(got.people.pred_cam[one], out.pred_cam.numpy())
     num_seen = [one.texture[:, 3].any(axis=(1, 2)).sum() for one in found]
-    assert num_seen[0] >= 3  # untrained weights put some bodies beyond the far plane
+    assert num_seen[0] >= 3  # untrained weights may put bodies beyond the far plane
     assert num_seen[2] >= 2
 
 
