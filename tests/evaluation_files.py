@@ -65,6 +65,7 @@ def write_root(
     *,
     statuses: Mapping[str, str] | None = None,
     fps: float | None = None,
+    dataset: str = "ava",
 ) -> str:
     """An output root with these rows of `tracks`, and a detection for each."""
     store = Store(root)
@@ -74,11 +75,12 @@ def write_root(
         if tracks is not None:
             spool.append("tracks", tracks)
             spool.append("detections", detections_of(tracks))
-        spool.append("videos", videos_table(name, status=(statuses or {}).get(name, "ok"), fps=fps))
+        status = (statuses or {}).get(name, "ok")
+        spool.append("videos", videos_table(name, dataset=dataset, status=status, fps=fps))
         ids = [] if tracks is None else tracks["track_id"].to_pylist()
         spool.finish({"track_len": {str(track): ids.count(track) for track in set(ids)}})
     spool.save()
-    publish(store, [SavedSpool(store, "s1", spool.name)])
+    publish(store, [SavedSpool(store, "s1", spool.name)], dataset, shard_id=f"{dataset}-s1")
     return root
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,6 @@ from fourdh_batch.evaluate.pose import (
     acceleration_error_mm,
     mpjpe_mm,
     pa_mpjpe_mm,
-    pck,
     pck_distances,
     pve_mm,
 )
@@ -60,6 +59,8 @@ BOX_COLUMNS = ("video_id", "frame_index", "track_id", "bbox_xyxy_px")
 STATE_COLUMNS = ("state", "shot_id")
 POSE_COLUMNS = ("keypoints_3d_m", "keypoints_2d_px")
 BODY_COLUMNS = ("global_orient", "body_pose", "betas", "body_model")
+
+TRUTH_COLUMNS = (*BOX_COLUMNS, *STATE_COLUMNS, *POSE_COLUMNS, *BODY_COLUMNS)
 
 OnStep = Callable[[str, int, int], None]
 
@@ -189,33 +190,33 @@ def evaluate(
         FileNotFoundError: there is nothing at one of the addresses.
     """
     notes: list[str] = []
-    true_rows, named = _read_truth(truth, notes)
-    if true_rows.num_rows == 0 and not named:
-        raise ConfigError(f"{redact_uri(truth)}: expected rows of true people, got none")
-    wanted = sorted({*pc.unique(true_rows["video_id"]).to_pylist(), *named})
-    done, others = _finished_videos(predictions, dataset, wanted)
-    if not done:
-        raise ConfigError(
-            f"no common video: {redact_uri(predictions)} has {_some(others)} done, "
-            f"{redact_uri(truth)} has {_some(wanted)}"
-        )
-    boxes_of = _boxes_of(predictions, dataset)
-    columns = _columns_like(true_rows)
-    truth_of = _by_video(true_rows, wanted)
     samples: dict[str, _Samples] = {}
-    num_done = 0
-    for start in range(0, len(wanted), VIDEOS_AT_ONCE):
-        names = wanted[start : start + VIDEOS_AT_ONCE]
-        found = [name for name in names if name in done]
-        tracks = _by_video(_read(predictions, "tracks", dataset, found, columns), names)
-        boxes = _by_video(_read_boxes(predictions, boxes_of, dataset, found), names)
-        for name in names:
-            fps = done.get(name) or _fps(tracks[name])
-            samples[name] = _score_video(
-                truth_of[name], tracks[name], boxes[name], body, fps, notes
+    with _Truth(truth, notes) as true_people:
+        wanted = true_people.videos
+        if not wanted:
+            raise ConfigError(f"{redact_uri(truth)}: expected rows of true people, got none")
+        done, others = _finished_videos(predictions, dataset, wanted)
+        if not done:
+            raise ConfigError(
+                f"no common video: {redact_uri(predictions)} has {_some(others)} done, "
+                f"{redact_uri(truth)} has {_some(wanted)}"
             )
-            num_done += 1
-            on_step("videos", num_done, len(wanted))
+        boxes_of = _boxes_of(predictions, dataset)
+        columns = _compared_columns(true_people.columns)
+        num_done = 0
+        for start in range(0, len(wanted), VIDEOS_AT_ONCE):
+            names = wanted[start : start + VIDEOS_AT_ONCE]
+            found = [name for name in names if name in done]
+            truth_of = _by_video(true_people.rows(names), names)
+            tracks = _by_video(_read(predictions, "tracks", dataset, found, columns), names)
+            boxes = _by_video(_read_boxes(predictions, boxes_of, dataset, found), names)
+            for name in names:
+                fps = done.get(name) or _fps(tracks[name])
+                samples[name] = _score_video(
+                    truth_of[name], tracks[name], boxes[name], body, fps, notes
+                )
+                num_done += 1
+                on_step("videos", num_done, len(wanted))
     scored = {name: tracking_scores(_tracks_of(samples), name) for name in protocols}
     per_video = {
         name: one.scores({key: videos[name] for key, (videos, _) in scored.items()})
@@ -237,49 +238,117 @@ def evaluate(
 # --- reading -----------------------------------------------------------------------------------
 
 
-def _read_truth(uri: str, notes: list[str]) -> tuple[Any, list[str]]:
-    """The truth's rows with those of our columns that it has; videos that it names besides."""
-    named: list[str] = []
-    known = [*BOX_COLUMNS, *STATE_COLUMNS, *POSE_COLUMNS, *BODY_COLUMNS]
-    if uri.endswith(".parquet"):
-        with open_read(uri) as file:
-            try:
-                parquet = pq.ParquetFile(file)
-                names = parquet.schema_arrow.names
-                if twice := sorted(name for name in known if names.count(name) > 1):
-                    raise SchemaError(f"{redact_uri(uri)}: {twice[0]}: expected one such column")
-                there = [name for name in known if name in names]
-                table = parquet.read(columns=there)
-                named = video_ids_of(parquet.schema_arrow)
-            except pa.ArrowInvalid as error:
-                raise SchemaError(f"{redact_uri(uri)}: expected Parquet, got {error}") from error
-    else:
-        table = read_arrow(uri, "tracks", columns=known)
-    if missing := sorted(set(BOX_COLUMNS) - set(table.column_names)):
-        raise SchemaError(
-            f"{redact_uri(uri)}: expected the columns {', '.join(BOX_COLUMNS)} of `tracks`, "
-            f"missing {', '.join(missing)}"
-        )
-    for what, columns in (("bodies", POSE_COLUMNS), ("PVE", BODY_COLUMNS)):
-        if missing := sorted(set(columns) - set(table.column_names)):
-            notes.append(f"{what}: not scored, the truth has no {', '.join(missing)}")
-    for name in table.column_names:
-        if table[name].null_count:
-            raise SchemaError(f"{redact_uri(uri)}: {name}: expected no null, got some")
-    table = _plain_types(uri, table)
+class _Truth:
+    """True people, read for some videos at a time.
+
+    Args:
+        uri: a Parquet file or an output root.
+        notes: gets what cannot be scored for want of columns.
+
+    Attributes:
+        columns: those of ours that it has.
+        videos: with people, and those that it names besides, sorted.
+    """
+
+    def __init__(self, uri: str, notes: list[str]) -> None:
+        self._uri = uri
+        self._file: Any = open_read(uri) if uri.endswith(".parquet") else None
+        self._videos_of_group: list[set[str]] = []
+        try:
+            self.videos = sorted(self._open_file() if self._file else self._open_root())
+            self._check_columns(notes)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def rows(self, names: Sequence[str]) -> Any:
+        """The rows of these videos, in the types of `tracks`.
+
+        Raises:
+            SchemaError: something in them is no truth.
+        """
+        if self._file:
+            wanted = set(names)
+            groups = [i for i, ids in enumerate(self._videos_of_group) if ids & wanted]
+            table = self._read_groups(groups, self.columns)
+            table = table.filter(pc.is_in(table["video_id"], pa.array(names, pa.string())))
+        else:
+            table = read_arrow(self._uri, "tracks", columns=self.columns, video_id=list(names))
+        _check_truth(redact_uri(self._uri), table)
+        return table
+
+    def _open_file(self) -> set[str]:
+        try:
+            self._parquet = pq.ParquetFile(self._file)
+        except pa.ArrowInvalid as error:
+            raise SchemaError(f"{redact_uri(self._uri)}: expected Parquet, got {error}") from error
+        there = self._parquet.schema_arrow.names
+        if twice := sorted(name for name in TRUTH_COLUMNS if there.count(name) > 1):
+            raise SchemaError(f"{redact_uri(self._uri)}: {twice[0]}: expected one such column")
+        self.columns = [name for name in TRUTH_COLUMNS if name in there]
+        videos = set(video_ids_of(self._parquet.schema_arrow))
+        if "video_id" in self.columns:
+            for group in range(self._parquet.num_row_groups):
+                ids = set(self._read_groups([group], ["video_id"])["video_id"].unique().to_pylist())
+                self._videos_of_group.append(ids)
+                videos |= ids
+        return videos
+
+    def _open_root(self) -> set[str]:
+        self.columns = list(TRUTH_COLUMNS)
+        columns = ["dataset", "video_id", "status"]
+        videos = read_arrow(self._uri, "videos", columns=columns).to_pandas()
+        videos = videos[videos["status"].isin(["ok", "partial"])]
+        if videos.duplicated("video_id").any():
+            names = ", ".join(sorted(set(videos["dataset"])))
+            raise ConfigError(
+                f"{redact_uri(self._uri)}: expected one truth of a video, got several datasets: "
+                f"{names}"
+            )
+        return set(videos["video_id"])
+
+    def _check_columns(self, notes: list[str]) -> None:
+        if missing := sorted(set(BOX_COLUMNS) - set(self.columns)):
+            raise SchemaError(
+                f"{redact_uri(self._uri)}: expected the columns {', '.join(BOX_COLUMNS)} of "
+                f"`tracks`, missing {', '.join(missing)}"
+            )
+        for what, columns in (("bodies", POSE_COLUMNS), ("PVE", BODY_COLUMNS)):
+            if missing := sorted(set(columns) - set(self.columns)):
+                notes.append(f"{what}: not scored, the truth has no {', '.join(missing)}")
+
+    def _read_groups(self, groups: list[int], columns: list[str]) -> Any:
+        try:
+            table = self._parquet.read_row_groups(groups, columns=columns)
+        except pa.ArrowInvalid as error:
+            raise SchemaError(f"{redact_uri(self._uri)}: expected Parquet, got {error}") from error
+        for name in table.column_names:
+            if table[name].null_count:
+                raise SchemaError(f"{redact_uri(self._uri)}: {name}: expected no null, got some")
+        return _plain_types(self._uri, table)
+
+
+def _check_truth(where: str, table: Any) -> None:
+    """Raises: SchemaError: numbers that are not finite, boxes without an extent."""
     for name in table.column_names:
         array = smpl_arrays(table.select([name])).get(name)
         if array is not None and not np.isfinite(array).all():
-            raise SchemaError(f"{redact_uri(uri)}: {name}: expected finite numbers, got others")
+            raise SchemaError(f"{where}: {name}: expected finite numbers, got others")
     box = smpl_arrays(table.select(["bbox_xyxy_px"]))["bbox_xyxy_px"]
     is_box = (box[:, 2:] > box[:, :2]).all(axis=1)
     if not is_box.all():
         row = int(np.argmin(is_box))
-        where = f"video {table['video_id'][row]}, frame {table['frame_index'][row]}"
         raise SchemaError(
-            f"{redact_uri(uri)}: {where}: expected a box with an extent, got {box[row].tolist()}"
+            f"{where}: video {table['video_id'][row]}, frame {table['frame_index'][row]}: "
+            f"expected a box with an extent, got {box[row].tolist()}"
         )
-    return table, named
 
 
 def _plain_types(uri: str, table: Any) -> Any:
@@ -333,9 +402,9 @@ def _boxes_of(root: str, dataset: str | None) -> str:
     return "detections"
 
 
-def _columns_like(true_rows: Any) -> list[str]:
+def _compared_columns(true_columns: Sequence[str]) -> list[str]:
     """Of the predictions: what is compared with the truth, and what is always needed."""
-    compared = [name for name in (*POSE_COLUMNS, *BODY_COLUMNS) if name in true_rows.column_names]
+    compared = [name for name in (*POSE_COLUMNS, *BODY_COLUMNS) if name in true_columns]
     return [*BOX_COLUMNS, *STATE_COLUMNS, "pts_s", *compared]
 
 
@@ -408,7 +477,8 @@ class _People:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PoseSamples:
-    """Errors of matched rows, before any mean."""
+    """Errors of matched rows, before any mean; `within`: shares of the row's keypoints that are
+    within each threshold of PCK, which weigh the same in every row, for all of them count."""
 
     num_people: int = 0
     num_truth: int | None = 0
@@ -416,11 +486,10 @@ class _PoseSamples:
     pa_mpjpe_mm: F64 = field(default_factory=lambda: np.zeros(0))
     pve_mm: F64 = field(default_factory=lambda: np.zeros(0))
     acceleration_mm: F64 = field(default_factory=lambda: np.zeros(0))
-    distances: F64 = field(default_factory=lambda: np.zeros((0, NUM_KEYPOINTS)))
+    within: F64 = field(default_factory=lambda: np.zeros((0, len(PCK_THRESHOLDS))))
     fps: frozenset[float] = frozenset()
 
     def scores(self) -> PoseScores:
-        shares = pck(self.distances).mean
         return PoseScores(
             num_people=self.num_people,
             matched=self.num_people / self.num_truth if self.num_truth else None,
@@ -430,8 +499,8 @@ class _PoseSamples:
             acceleration_mm_per_frame2=_mean(self.acceleration_mm),
             fps=next(iter(self.fps)) if len(self.fps) == 1 else None,
             pck={
-                f"{threshold:g}": None if math.isnan(share) else float(share)
-                for threshold, share in zip(PCK_THRESHOLDS, shares, strict=True)
+                f"{threshold:g}": _mean(share)
+                for threshold, share in zip(PCK_THRESHOLDS, self.within.T, strict=True)
             },
         )
 
@@ -503,6 +572,12 @@ def _pose_samples(
     true_m, found_m = truth.keypoints_3d_m[there], predicted.keypoints_3d_m[found]
     box = truth.boxes.bbox_xyxy_px[there]
     longer_side_px = (box[:, 2:] - box[:, :2]).max(axis=1)
+    distances = pck_distances(
+        predicted.keypoints_2d_px[found],
+        truth.keypoints_2d_px[there],
+        np.ones((len(there), NUM_KEYPOINTS)),
+        longer_side_px,
+    )
     return _PoseSamples(
         num_people=len(there),
         num_truth=num_truth,
@@ -512,12 +587,7 @@ def _pose_samples(
         acceleration_mm=_accelerations(
             truth.boxes.take(there), truth.shot_id[there], true_m, found_m
         ),
-        distances=pck_distances(
-            predicted.keypoints_2d_px[found],
-            truth.keypoints_2d_px[there],
-            np.ones((len(there), NUM_KEYPOINTS)),
-            longer_side_px,
-        ),
+        within=np.stack([(distances < t).mean(axis=1) for t in PCK_THRESHOLDS], axis=1),
         fps=frozenset() if fps is None else frozenset({fps}),
     )
 
@@ -634,7 +704,7 @@ def _joined(samples: Sequence[_PoseSamples]) -> _PoseSamples:
         pa_mpjpe_mm=np.concatenate([one.pa_mpjpe_mm for one in samples]),
         pve_mm=np.concatenate([one.pve_mm for one in samples]),
         acceleration_mm=np.concatenate([one.acceleration_mm for one in samples]),
-        distances=np.concatenate([one.distances for one in samples]),
+        within=np.concatenate([one.within for one in samples]),
         fps=frozenset[float]().union(*(one.fps for one in samples)),
     )
 

@@ -288,6 +288,48 @@ def test_a_truth_of_other_types_is_refused_unless_they_mean_the_same(tmp_path: P
         evaluate(root, write_truth(tmp_path / "t.parquet", twice))
 
 
+def test_a_truth_is_read_for_some_videos_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["c.mp4", "a.mp4", "b.mp4"]
+    root = write_root(str(tmp_path / "root"), {name: people(name) for name in names})
+    table = pa.concat_tables([people(name) for name in names])
+    shuffled = table.take(np.random.default_rng(0).permutation(table.num_rows))
+    pq.write_table(shuffled, tmp_path / "mixed.parquet", row_group_size=7)
+    pq.write_table(table, tmp_path / "apart.parquet", row_group_size=16)
+    whole = evaluate(root, str(tmp_path / "apart.parquet")).to_dict()
+
+    groups: list[list[int]] = []
+    read = pq.ParquetFile.read_row_groups
+
+    def spy(file: Any, which: list[int], columns: Any = None, **words: Any) -> Any:
+        if columns != ["video_id"]:
+            groups.append(which)
+        return read(file, which, columns=columns, **words)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", spy)
+    monkeypatch.setattr("fourdh_batch.evaluate.report.VIDEOS_AT_ONCE", 1)
+    report = evaluate(root, str(tmp_path / "apart.parquet")).to_dict()
+    assert report == whole
+    assert groups == [[1], [2], [0]]
+    mixed = evaluate(root, str(tmp_path / "mixed.parquet")).to_dict()
+    assert {**mixed, "truth": ""} == {**whole, "truth": ""}
+
+
+def test_a_root_as_truth_tells_of_empty_videos_and_has_each_video_once(tmp_path: Path) -> None:
+    empty = people("b.mp4").slice(0, 0)
+    found = {name: people(name) for name in ("a.mp4", "b.mp4")}
+    root = write_root(str(tmp_path / "root"), found)
+    truth = write_root(str(tmp_path / "truth"), {"a.mp4": people("a.mp4"), "b.mp4": empty})
+    report = evaluate(root, truth)
+    assert report.per_video["a.mp4"].tracking["iou50"].mota == 1
+    assert report.overall.tracking["iou50"].false_positives == 16
+    assert report.without_truth == []
+    write_root(truth, {"a.mp4": people("a.mp4", dataset="other")}, dataset="other")
+    with pytest.raises(ConfigError, match="one truth of a video, got several datasets: ava, o"):
+        evaluate(root, truth)
+
+
 def test_mistakes_are_said_clearly(tmp_path: Path) -> None:
     root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4")})
     true = people("a.mp4")
