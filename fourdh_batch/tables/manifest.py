@@ -31,7 +31,7 @@ LEASES = "_lease"
 LEASE_S = 120.0  # renew every third of it; a lost machine blocks its output so long at most
 LEASE_ATTEMPTS = 8
 NUM_READ_THREADS = 16
-CODE_VERSION = 2  # raised when the same inputs and settings give other rows
+CODE_VERSION = 3  # raised when the same inputs and settings give other rows
 RECORD_VERSION = 2  # of the JSON of a commit record; 1 lacked rows and details of videos
 
 
