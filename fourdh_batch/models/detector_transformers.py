@@ -368,7 +368,7 @@ def _segmenter_config(transformers: Any, size: DetectorSize, labels: dict[str, A
         },
         d_model=size.dim,
         num_queries=size.num_queries,
-        group_detr=4,
+        group_detr=2,
         decoder_layers=size.decoder_layers,
         decoder_self_attention_heads=4,
         decoder_cross_attention_heads=8,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -207,6 +207,9 @@ def build_detector_task(
         levels=config.levels,
     )
     model = untrained_detector(size, segment=config.segment, seed=config.loop.seed)
+    if config.segment and torch.device(device).type == "cpu":
+        # The fused kernel's backward pass is the slower one for these few, narrow windows.
+        cast(Any, model).set_attn_implementation("eager")
     body = load_body()
 
     def frames(use: int, reuse: int) -> FrameExamples:
