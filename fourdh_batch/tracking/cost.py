@@ -84,17 +84,17 @@ def texture_factor(distance: F64) -> F64:
     return 1 + TEXTURE_WEIGHT * distance
 
 
-def box_factor(last_xyxy_px: F32, found_xyxy_px: F32, weight: float) -> F64:
+def box_factor(expected_xyxy_px: F32, found_xyxy_px: F32, weight: float) -> F64:
     """(K, M) factor of the cost for boxes that overlap: exp(-weight IoU). Ours.
 
     Args:
-        last_xyxy_px: (K, 4) boxes in which the tracks were last seen.
+        expected_xyxy_px: (K, 4) boxes in which the tracks were last seen, carried along.
         found_xyxy_px: (M, 4) boxes of the detections.
         weight: 0 or more.
 
     Returns:
         1 where boxes do not touch, exp(-weight) where they are the same.
     """
-    iou = box_iou(last_xyxy_px.astype(np.float64), found_xyxy_px.astype(np.float64))
+    iou = box_iou(expected_xyxy_px.astype(np.float64), found_xyxy_px.astype(np.float64))
     factor: F64 = np.exp(-weight * iou)
     return factor

@@ -321,9 +321,15 @@ class PhalpTracker:
         location, pose = locate(camera), pose_vectors(people, camera)
         bbox = frame.bbox_xyxy_px[row]
 
-        match = self._associate(frame, prediction, row, location, pose)
-        seen, by, new = match.track, match.detection, match.unmatched_detection
         tracks = self._tracks
+        expected_bbox = moved_box(
+            tracks.bbox_xyxy_px,
+            tracks.location[:, -1],
+            prediction.location.location,
+            frame.image_size_wh,
+        )
+        match = self._associate(frame, prediction, expected_bbox, row, location, pose)
+        seen, by, new = match.track, match.detection, match.unmatched_detection
         tracks.observe(
             seen, now, row[by], location[by], pose[by], bbox[by], is_shot_start=frame.is_shot_start
         )
@@ -340,7 +346,7 @@ class PhalpTracker:
             self._unseen_slot = int(span + unseen_for[first] + 1)
         ended = (unseen_for > 0) & ((tracks.hits < n_init) | (unseen_for > max_age))
         discarded = DetectionRefs.join([discarded, self._drop(ended)])
-        prediction = prediction.take(~ended)
+        prediction, expected_bbox = prediction.take(~ended), expected_bbox[~ended]
 
         born = np.arange(self._next_id, self._next_id + len(new))
         self._next_id += len(new)
@@ -350,7 +356,9 @@ class PhalpTracker:
         )
         if self._texture is not None:
             self._texture.observe(frame, detection_track_id, self._tracks.track_id)
-        return self._report(frame, prediction, backfill, discarded, detection_track_id)
+        return self._report(
+            frame, prediction, expected_bbox, backfill, discarded, detection_track_id
+        )
 
     def _idle(self, frame: FrameDetections, discarded: DetectionRefs) -> TrackedFrame:
         """What `_follow` says where nobody is followed and nobody was found."""
@@ -385,7 +393,13 @@ class PhalpTracker:
         return refs
 
     def _associate(
-        self, frame: FrameDetections, prediction: Prediction, row: I64, location: F64, pose: F32
+        self,
+        frame: FrameDetections,
+        prediction: Prediction,
+        expected_bbox: F32,
+        row: I64,
+        location: F64,
+        pose: F32,
     ) -> Assignment:
         """The cheapest assignment; `row` are the rows of the detections in the frame.
 
@@ -404,9 +418,7 @@ class PhalpTracker:
             # A box before a cut says nothing about those behind it.
             told = self._tracks.last_seen >= self._shot_start
             in_boxes[told] = box_factor(
-                self._tracks.bbox_xyxy_px[told],
-                frame.bbox_xyxy_px[row],
-                self.settings.box_weight,
+                expected_bbox[told], frame.bbox_xyxy_px[row], self.settings.box_weight
             )
 
         def cheapest() -> Assignment:
@@ -450,6 +462,7 @@ class PhalpTracker:
         self,
         frame: FrameDetections,
         prediction: Prediction,
+        expected_bbox: F32,
         backfill: DetectionRefs,
         discarded: DetectionRefs,
         detection_track_id: I64,
@@ -463,11 +476,8 @@ class PhalpTracker:
 
         location, pose = tracks.location[confirmed, -1], tracks.pose[confirmed, -1]
         bbox = tracks.bbox_xyxy_px[confirmed]
-        expected = prediction.location.location[ghost]
-        bbox[is_ghost] = moved_box(
-            bbox[is_ghost], location[is_ghost], expected, frame.image_size_wh
-        )
-        location[is_ghost] = expected
+        bbox[is_ghost] = expected_bbox[ghost]
+        location[is_ghost] = prediction.location.location[ghost]
         pose[is_ghost] = prediction.pose[ghost]
         global_orient, body_pose, betas, _ = split_pose_vectors(pose)
         return TrackedFrame(

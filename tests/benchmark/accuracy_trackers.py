@@ -34,7 +34,13 @@ class OneCueLess(PhalpTracker):
     without = ""
 
     def _associate(
-        self, frame: FrameDetections, prediction: Prediction, row: I64, location: F64, pose: F32
+        self,
+        frame: FrameDetections,
+        prediction: Prediction,
+        expected_bbox: F32,
+        row: I64,
+        location: F64,
+        pose: F32,
     ) -> Assignment:
         if self.without == "pose":
             prediction = replace(prediction, pose=np.zeros_like(prediction.pose))
@@ -47,7 +53,8 @@ class OneCueLess(PhalpTracker):
             tracks = self._tracks
             told = replace(prediction.location, location=tracks.location[:, -1])
             prediction = replace(prediction, location=told, pose=tracks.pose[:, -1])
-        return super()._associate(frame, prediction, row, location, pose)
+            expected_bbox = tracks.bbox_xyxy_px
+        return super()._associate(frame, prediction, expected_bbox, row, location, pose)
 
 
 class OneCueLessModels(TrackerModels):

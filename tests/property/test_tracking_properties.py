@@ -289,20 +289,26 @@ class Noise:
 class Eager(PhalpTracker):
     """Compares the looks of every pair that is not refused anyway, before it assigns anything.
 
-    Boxes are compared one by one, and it keeps its own account of them.
+    Boxes are compared one by one, and it keeps its own account of whose count.
     """
 
     def __init__(self, settings: TrackerSettings, texture: Noise) -> None:
         super().__init__(settings, texture=texture)
-        self.boxes: dict[int, F32] = {}  # by track, of the present shot
+        self.seen_in_shot: set[int] = set()
 
     def update(self, frame: FrameDetections) -> TrackedFrame:
         tracked = super().update(frame)
-        self.boxes |= zip(tracked.detection_track_id.tolist(), frame.bbox_xyxy_px, strict=True)
+        self.seen_in_shot.update(tracked.detection_track_id.tolist())
         return tracked
 
     def _associate(
-        self, frame: FrameDetections, prediction: Prediction, row: I64, location: F64, pose: F32
+        self,
+        frame: FrameDetections,
+        prediction: Prediction,
+        expected_bbox: F32,
+        row: I64,
+        location: F64,
+        pose: F32,
     ) -> Assignment:
         terms = cost_terms(prediction.location, prediction.pose, location, pose)
         cost = cost_without_texture(terms)
@@ -312,11 +318,11 @@ class Eager(PhalpTracker):
         cost[track, detection] *= texture_factor(looks)
         cost[cost > self.settings.gate] = np.inf
         if frame.is_shot_start:
-            self.boxes.clear()
+            self.seen_in_shot.clear()
         for i, track_id in enumerate(prediction.track_id.tolist()):
-            if track_id in self.boxes:
-                last, found = self.boxes[track_id].astype(float), frame.bbox_xyxy_px[row]
-                iou = box_iou(last[None], found.astype(float))[0]
+            if track_id in self.seen_in_shot:
+                told, found = expected_bbox[i].astype(float), frame.bbox_xyxy_px[row]
+                iou = box_iou(told[None], found.astype(float))[0]
                 cost[i] *= np.exp(-self.settings.box_weight * iou)
         if self.settings.log_cost:
             return assign(np.log(cost), np.log(self.settings.gate))
