@@ -44,6 +44,7 @@ def save_checkpoint(
     metadata: Mapping[str, str],
     keep: int,
     since_log: tuple[int, Mapping[str, float]] = (0, {}),
+    is_evaluated: bool = True,
 ) -> None:
     """Publish a checkpoint, then delete the oldest beyond `keep`.
 
@@ -56,6 +57,7 @@ def save_checkpoint(
         metadata: of the safetensors file.
         keep: checkpoints that stay.
         since_log: see `figures_since_log`.
+        is_evaluated: see `is_evaluated`.
     """
     prefix = _prefix(step)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +68,12 @@ def save_checkpoint(
         )
         store.put_file(weights, f"{prefix}/{WEIGHTS}")
         store.put_file(moments, f"{prefix}/{OPTIMIZERS}")
-    record = {"step": step, "settings": settings, "since_log": [since_log[0], dict(since_log[1])]}
+    record = {
+        "step": step,
+        "settings": settings,
+        "since_log": [since_log[0], dict(since_log[1])],
+        "is_evaluated": is_evaluated,
+    }
     store.write_bytes(LATEST, json.dumps(record, indent=1).encode())
     stored = {key.split("/")[1] for key, _ in store.list(FOLDER) if key != LATEST}
     older = sorted(name for name in stored if name < prefix.split("/")[1])
@@ -103,6 +110,17 @@ def figures_since_log(store: Store) -> tuple[int, dict[str, float]]:
         return int(num_steps), {str(name): float(value) for name, value in sums.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{store.uri(LATEST)}: damaged record: {error}") from error
+
+
+def is_evaluated(store: Store) -> bool:
+    """Whether the figures that are due after the checkpoint that counts were written."""
+    return bool(json.loads(store.read_bytes(LATEST)).get("is_evaluated", True))
+
+
+def mark_evaluated(store: Store) -> None:
+    """Note that they were."""
+    record = json.loads(store.read_bytes(LATEST))
+    store.write_bytes(LATEST, json.dumps({**record, "is_evaluated": True}, indent=1).encode())
 
 
 def load_checkpoint(

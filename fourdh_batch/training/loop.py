@@ -32,8 +32,10 @@ from fourdh_batch.errors import ConfigError, TrainingError
 from fourdh_batch.storage import Store
 from fourdh_batch.training.checkpoint import (
     figures_since_log,
+    is_evaluated,
     latest_checkpoint,
     load_checkpoint,
+    mark_evaluated,
     save_checkpoint,
 )
 from fourdh_batch.training.curve import Curve
@@ -127,7 +129,7 @@ def train(
             with Curve(output, first_step=start + 1) as curve:
                 keeper = _Keeper(task, config, store, curve, settings)
                 if start:
-                    keeper.go_on()
+                    keeper.go_on(start)
                 figures = _run(task, config, start, batches, keeper)
                 _publish(task, config, store, settings, figures)
             return figures
@@ -168,9 +170,12 @@ class _Keeper:
         self._since = time.monotonic()
         self.figures: dict[str, float] = {}
 
-    def go_on(self) -> None:
-        """Take up the mean of the figures where an interrupted run left it."""
+    def go_on(self, done: int) -> None:
+        """Take up the mean of the figures where an interrupted run left it, and the evaluation in
+        which it was interrupted."""
         self._num_steps, self._sums = figures_since_log(self._store)
+        if not is_evaluated(self._store):
+            self._evaluate_kept(done)
 
     def after(self, done: int, figures: Mapping[str, Tensor], rate: float) -> None:
         """What is due after so many steps."""
@@ -182,7 +187,9 @@ class _Keeper:
         if done % config.log_every == 0 or is_last:
             self._log(done, rate)
         is_kept = done % config.checkpoint_every == 0 or is_last
+        is_due = done % config.evaluate_every == 0 or is_last
         if is_kept:  # before an evaluation, which may fail
+            self._curve.publish()  # who goes on from here does not write these steps again
             save_checkpoint(
                 self._store,
                 done,
@@ -192,11 +199,18 @@ class _Keeper:
                 metadata=self._task.metadata,
                 keep=config.keep_checkpoints,
                 since_log=(self._num_steps, self._sums),
+                is_evaluated=not is_due,
             )
-        if done % config.evaluate_every == 0 or is_last:
+        if is_due and is_kept:
+            self._evaluate_kept(done)
+        elif is_due:
             self.evaluate(done)
-        if is_kept:
-            self._curve.publish()
+
+    def _evaluate_kept(self, done: int) -> None:
+        """`evaluate`, after the steps of the checkpoint that counts."""
+        self.evaluate(done)
+        self._curve.publish()
+        mark_evaluated(self._store)
 
     def evaluate(self, done: int) -> None:
         """Figures of every held-out set; of several, behind its name."""

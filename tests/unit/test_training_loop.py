@@ -272,6 +272,32 @@ def test_an_evaluation_that_fails_loses_no_steps(
     assert set(curve(tmp_path, "held_out/pa_mpjpe_mm")) == {2}
 
 
+@pytest.mark.parametrize("is_local", [True, False])
+def test_an_interrupted_evaluation_leaves_no_hole_in_the_curve(
+    is_local: bool, body: SmplBody, tmp_path: Path
+) -> None:
+    loop = replace(LOOP, steps=4, evaluate_every=2)
+    output = str(tmp_path / "killed") if is_local else f"memory://{tmp_path.name}"
+    run(make_task(body), tmp_path / "whole", loop)
+    killed = make_task(body)
+    killed.fails_to_evaluate = True
+    with pytest.raises(TrainingError, match="nobody is held out"):
+        train(killed, loop, output, settings(loop))
+    resumed = make_task(body)
+    train(resumed, loop, output, settings(loop))
+    assert len(resumed.losses) == 2
+    if not is_local:  # what was written is read where it lies
+        for key, _ in Store(output).list("logs"):
+            (tmp_path / "killed" / key).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "killed" / key).write_bytes(Store(output).read_bytes(key))
+    for name in ("train/loss", "held_out/pa_mpjpe_mm"):
+        assert curve(tmp_path / "killed", name) == curve(tmp_path / "whole", name)
+    again = make_task(body)
+    again.fails_to_evaluate = True  # of a finished training: it is evaluated all the same
+    with pytest.raises(TrainingError):
+        train(again, loop, output, settings(loop))
+
+
 @pytest.mark.parametrize("keep", [1, 2, 4, 5])
 def test_the_newest_checkpoints_are_kept(keep: int, tmp_path: Path) -> None:
     module = torch.nn.Linear(1, 1)
