@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import cast
 
 import cv2
 import numpy as np
@@ -376,7 +377,15 @@ def _emdb_figures(
         return
     bodies = {"female": load_body(given.smpl_female), "male": load_body(given.smpl_male)}
     model = hmr2()
-    bodies["neutral"] = model.body  # type: ignore[assignment]
+    bodies["neutral"] = cast(SmplBody, model.body)
+    for body in bodies.values():
+        # Of the open body, say: as many vertices as SMPL has, each somewhere else.
+        if not np.array_equal(body.faces, bodies["neutral"].faces):
+            raise ConfigError(
+                "hmr.body: expected the neutral body of evaluate.smpl_female and "
+                f"evaluate.smpl_male, got another surface ({bodies['neutral'].name}, theirs is "
+                f"{body.name}), whose vertices are not theirs"
+            )
     errors: list[np.ndarray] = []
     for sequence in load_emdb(given.emdb):
         if sequence.is_emdb1 and sequence.is_good.any():

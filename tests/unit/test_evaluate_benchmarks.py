@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from fourdh_batch.config import EvaluateConfig
 from fourdh_batch.errors import CheckpointError, ConfigError
@@ -139,21 +140,63 @@ def test_results_do_not_depend_on_the_batch(model: Hmr2, images: Path) -> None:
     np.testing.assert_allclose(all_.keypoints_3d_m, few.keypoints_3d_m, atol=1e-5)
 
 
+def larger_body(path: Path, by: float) -> str:
+    """The open body, so many times larger, as a file."""
+    with np.load(OPEN_BODY_PATH) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    lengths = {name: arrays[name] * by for name in ("v_template", "shapedirs", "posedirs")}
+    np.savez(path, **{**arrays, **lengths})
+    return str(path)
+
+
 def test_emdb_is_scored_on_its_good_frames_with_the_body_of_its_gender(
-    tmp_path: Path, model: Hmr2
+    tmp_path: Path, model: Hmr2, body: SmplBody
 ) -> None:
-    folder = write_emdb(tmp_path, emdb())
+    truth = emdb()  # frames 0 and 3 are good, and alike
+    picture = np.full((200, 150, 3), 99, "u1")
+    cv2.imwrite(str(tmp_path / "picture.png"), picture)
+    box = truth["bboxes"]["bboxes"][:1].astype(np.float32)
+    found = predict(model, [str(tmp_path / "picture.png")], box)
+    root = truth["camera"]["extrinsics"][0, :3, :3].T @ found.global_orient[0, 0]  # in the world
+    truth["smpl"]["poses_root"][:] = Rotation.from_matrix(root).as_rotvec()
+    pose = Rotation.from_matrix(found.body_pose[0]).as_rotvec()
+    truth["smpl"]["poses_body"][:] = pose.reshape(-1)
+    truth["smpl"]["betas"] = found.betas[0]
+    folder = write_emdb(tmp_path / "emdb", truth)
     (folder / "images").mkdir()
     for frame in (0, 3):  # no other frame is opened
-        cv2.imwrite(str(folder / "images" / f"{frame:05d}.jpg"), np.full((200, 150, 3), 99, "u1"))
-    gender = str(OPEN_BODY_PATH)
-    given = EvaluateConfig(emdb=str(tmp_path), smpl_female=gender, smpl_male=gender)
-    rows = evaluated(model, given)
-    assert rows["EMDB 1", "PVE mm"].note == "2 frames of 1 videos"
-    for measure in ("MPJPE mm", "PA-MPJPE mm", "PVE mm"):
-        assert 1 < (rows["EMDB 1", measure].ours or 0) < 2000
+        written = cv2.imencode(".png", picture)[1].tobytes()
+        (folder / "images" / f"{frame:05d}.jpg").write_bytes(written)
+    like_neutral, larger = str(OPEN_BODY_PATH), larger_body(tmp_path / "larger.npz", 1.1)
+
+    def rows(female: str, male: str) -> list[float]:
+        given = EvaluateConfig(emdb=str(tmp_path / "emdb"), smpl_female=female, smpl_male=male)
+        figures = evaluated(model, given)
+        assert figures["EMDB 1", "PVE mm"].note == "2 frames of 1 videos"
+        measures = ("MPJPE mm", "PA-MPJPE mm", "PVE mm")
+        return [figures["EMDB 1", measure].ours or 0 for measure in measures]
+
+    assert rows(like_neutral, larger) == pytest.approx([0, 0, 0], abs=1e-2)
+    with torch.inference_mode():
+        arrays = (found.global_orient, found.body_pose, found.betas)
+        posed = body(*map(torch.from_numpy, arrays))
+    middle = posed.joints[:, [1, 2]].mean(dim=1, keepdim=True)
+    off = [100 * float((p - middle).norm(dim=2).mean()) for p in (posed.joints, posed.vertices)]
+    assert rows(larger, like_neutral) == pytest.approx([off[0], 0, off[1]], rel=1e-3, abs=1e-2)
     with pytest.raises(ConfigError, match="smpl_male"):
-        evaluated(model, EvaluateConfig(emdb=str(tmp_path)))
+        evaluated(model, EvaluateConfig(emdb=str(tmp_path / "emdb")))
+
+
+def test_emdb_is_not_scored_with_a_body_of_other_vertices(tmp_path: Path, model: Hmr2) -> None:
+    write_emdb(tmp_path, emdb())
+    with np.load(OPEN_BODY_PATH) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    faces = np.roll(arrays["f"], 1, axis=0)
+    np.savez(tmp_path / "smpl.npz", **{**arrays, "f": faces, "body_name": "smpl"})
+    smpl = str(tmp_path / "smpl.npz")
+    given = EvaluateConfig(emdb=str(tmp_path), smpl_female=smpl, smpl_male=smpl)
+    with pytest.raises(ConfigError, match=r"hmr.body: .* another surface \(open, theirs is smpl\)"):
+        evaluated(model, given)
 
 
 def test_posetrack_counts_annotated_frames_and_missing_videos(tmp_path: Path, model: Hmr2) -> None:
