@@ -57,6 +57,7 @@ FPS_DIGITS = 2  # more would tell videos apart whose times are rounded
 
 BOX_COLUMNS = ("video_id", "frame_index", "track_id", "bbox_xyxy_px")
 STATE_COLUMNS = ("state", "shot_id")
+STATES = ("detected", "predicted")
 POSE_COLUMNS = ("keypoints_3d_m", "keypoints_2d_px")
 BODY_COLUMNS = ("global_orient", "body_pose", "betas", "body_model")
 
@@ -336,7 +337,11 @@ class _Truth:
 
 
 def _check_truth(where: str, table: Any) -> None:
-    """Raises: SchemaError: numbers that are not finite, boxes without an extent."""
+    """Raises: SchemaError: unknown states, numbers that are not finite, boxes without an extent."""
+    if "state" in table.column_names:
+        got = set(pc.unique(table["state"]).to_pylist())
+        if unknown := sorted(got - set(STATES)):
+            raise SchemaError(f"{where}: state: expected {' or '.join(STATES)}, got {unknown[0]!r}")
     for name in table.column_names:
         array = smpl_arrays(table.select([name])).get(name)
         if array is not None and not np.isfinite(array).all():

@@ -343,6 +343,10 @@ def test_mistakes_are_said_clearly(tmp_path: Path) -> None:
     flat = people("a.mp4", bbox_xyxy_px=np.tile(np.float32([1, 2, 1, 9]), (16, 1)))
     with pytest.raises(SchemaError, match=r"video a.mp4, frame 0: expected a box with an extent"):
         evaluate(root, write_truth(tmp_path / "h.parquet", flat))
+    state = ["detected", "hidden"] * 8
+    hidden = true.set_column(true.column_names.index("state"), "state", pa.array(state))
+    with pytest.raises(SchemaError, match="state: expected detected or predicted, got 'hidden'"):
+        evaluate(root, write_truth(tmp_path / "i.parquet", hidden))
     with pytest.raises(ConfigError, match="rows of true people, got none"):
         evaluate(root, write_truth(tmp_path / "d.parquet", true.slice(0, 0)))
     (tmp_path / "e.parquet").write_text("no parquet")
