@@ -35,8 +35,9 @@ YAML = Path(__file__).with_suffix(".yaml")
 def run(config: TrainHmrConfig) -> None:
     from fourdh_batch.training.build import build_hmr_task
     from fourdh_batch.training.distributed import train_everywhere
-    from fourdh_batch.training.sources import warn_of_shared_recordings
+    from fourdh_batch.training.sources import warn_of_shared_people, warn_of_shared_recordings
 
+    warn_of_shared_people(config)
     warn_of_shared_recordings(config)
     build = partial(build_hmr_task, config)
     train_everywhere(

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from fourdh_batch.config import LoopConfig, SourceConfig, TrainPredictorConfig, load_config, to_dict
+from fourdh_batch.config import (
+    LoopConfig,
+    SourceConfig,
+    TrainHmrConfig,
+    TrainPredictorConfig,
+    load_config,
+    to_dict,
+)
 from fourdh_batch.errors import CheckpointError, ConfigError, TrainingError
 from fourdh_batch.models.build_phalp import load_pose_predictor, untrained_pose_predictor
 from fourdh_batch.models.predictor import NUM_POSE_VECTOR, PredictorSize
@@ -20,7 +27,11 @@ from fourdh_batch.training.checkpoint import load_checkpoint, save_checkpoint
 from fourdh_batch.training.loop import train
 from fourdh_batch.training.predictor import PredictorTask, _simple, build_predictor_task
 from fourdh_batch.training.real_poses import load_real_poses
-from fourdh_batch.training.sources import paths_in_both, warn_of_shared_recordings
+from fourdh_batch.training.sources import (
+    paths_in_both,
+    warn_of_shared_people,
+    warn_of_shared_recordings,
+)
 from fourdh_batch.training.table_people import TablePeople
 from fourdh_batch.training.tracks import (
     HISTORY,
@@ -343,6 +354,31 @@ class TestTask:
         warn_of_shared_recordings(replace(self.CONFIG, sources=sources, held_out=held_out))
         (message,) = caplog.messages
         assert message.startswith(f"{tmp_path}: in sources= and in held_out=")
+
+    def test_a_folder_of_motion_capture_in_the_other_is_warned_of(
+        self, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
+        inside, beside = SourceConfig(path=f"{tmp_path}/a/b"), SourceConfig(path=f"{tmp_path}/ab")
+        around = SourceConfig(path=f"{tmp_path}/a")
+        for own, other, is_warned in (
+            *((inside, around, True), (around, inside, True)),
+            *((around, beside, False), (beside, inside, False)),
+        ):
+            caplog.clear()
+            warn_of_shared_recordings(replace(self.CONFIG, sources=[own], held_out=[other]))
+            assert bool(caplog.messages) == is_warned, (own.path, other.path)
+
+    def test_people_of_both_are_warned_of(
+        self, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
+        tables = SourceConfig(kind="tables", path=str(tmp_path))
+        tars = SourceConfig(kind="tars", path="/data/{000000..000012}.tar")
+        warn_of_shared_people(TrainHmrConfig(sources=[tables], held_out=[tars, SourceConfig()]))
+        assert caplog.messages == []
+        both = [replace(tables, path=f"{tmp_path}/"), tars]
+        warn_of_shared_people(TrainHmrConfig(sources=[tables, tars], held_out=both))
+        (message,) = caplog.messages
+        assert message.startswith(f"{tmp_path}, {tars.path}: in sources= and in held_out=")
 
 
 def state(task: PredictorTask) -> dict[str, torch.Tensor]:
