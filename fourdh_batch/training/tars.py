@@ -196,9 +196,9 @@ def _filtered(
     keypoints_2d = _known(_array(record, "keypoints_2d", NUM_KEYPOINTS, 3))
     keypoints_2d[keypoints_2d[:, 2] < MIN_CONFIDENCE, 2] = 0
     betas, pose = _array(record, "betas", NUM_BETAS), _array(record, "body_pose", 72)
-    has_betas = bool(record["has_betas"]) and bool((np.abs(betas) <= MAX_BETA).all())
+    has_betas = _flag(record["has_betas"]) and bool((np.abs(betas) <= MAX_BETA).all())
     is_pose = bool(np.isfinite(pose).all())
-    has_pose = bool(record["has_body_pose"]) and is_pose
+    has_pose = _flag(record["has_body_pose"]) and is_pose
     has_pose = has_pose and (histogram is None or histogram.allows(pose[3:]))
     has_both = has_betas and has_pose
     if (keypoints_2d[:, 2] > 0).sum() < MIN_KEYPOINTS:
@@ -270,6 +270,11 @@ def _read(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
 def _known(keypoints: F32) -> F32:
     """A copy in which keypoints with a number that is not finite are zero, confidence included."""
     return np.where(np.isfinite(keypoints).all(axis=1, keepdims=True), keypoints, np.float32(0))
+
+
+def _flag(value: object) -> bool:
+    """As published: NaN and what is below 0 say no."""
+    return bool((np.asarray(value) > 0).all())
 
 
 def _array(record: Mapping[str, Any], name: str, *shape: int) -> F32:

@@ -176,6 +176,9 @@ class TestTars:
             "shape": record(betas=np.full(10, nan)),
             "no pose": record(body_pose=np.full(72, nan), has_body_pose=np.array(0.0)),
             "pose": record(body_pose=np.full(72, nan)),
+            "flag": record(has_body_pose=np.array(nan)),
+            "other flag": record(has_betas=nan),
+            "yes": record(has_betas=np.array([1.0]), has_body_pose=True),
         }
         known = {}
         for name, person in people.items():
@@ -186,7 +189,7 @@ class TestTars:
         assert (known["picture"].keypoints_2d[:, 2] > 0).sum() == 42
         assert (known["space"].keypoints_3d[:, 3] > 0).sum() == 43
         assert not known["origin"].keypoints_3d.any()
-        assert [p.has_pose for p in known.values()] == [1, 1, 1, 0, 0, 0]
+        assert [p.has_pose for p in known.values()] == [1, 1, 1, 0, 0, 0, 0, 0, 1]
 
     def test_a_person_out_of_reach_is_left_out_and_a_strange_record_named(
         self, tmp_path: Path
