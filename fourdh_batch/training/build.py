@@ -27,7 +27,7 @@ from fourdh_batch.training.hmr2 import HmrTask, mean_rotations
 from fourdh_batch.training.loop import seed_of
 from fourdh_batch.training.pose_histogram import PoseHistogram, load_pose_histogram
 from fourdh_batch.training.real_poses import load_real_poses
-from fourdh_batch.training.synthetic_people import SyntheticPeople
+from fourdh_batch.training.synthetic_people import RECORDED_SHARE, SyntheticPeople
 from fourdh_batch.training.table_people import TablePeople
 from fourdh_batch.training.tars import TarPeople
 from fourdh_batch.types import NUM_BETAS
@@ -144,7 +144,12 @@ def _examples(
     crop_px = CROP_PX // HMR2_SIZES[config.size].shrink
     open_source: dict[str, Callable[[str, int], PeopleSource]] = {
         "synthetic": lambda path, own: SyntheticPeople(
-            body, recordings(path) if path else (), seed=own, crop_px=crop_px
+            body,
+            recordings(path) if path else (),
+            seed=own,
+            crop_px=crop_px,
+            # Figures of motions that were never seen say nothing where half of them were.
+            recorded_share=RECORDED_SHARE if use == _TRAINING else 1.0,
         ),
         "tables": lambda path, own: TablePeople(
             path, seed=own, body_model=f"{body.name}:{body.digest[:16]}"

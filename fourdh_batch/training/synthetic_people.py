@@ -14,7 +14,7 @@ from fourdh_batch.synthetic.mocap import Recording
 from fourdh_batch.training.examples import Person
 
 BLOCKS_IN_MEMORY = 4
-RECORDED_SHARE = 0.5  # of the people take their pose from motion capture, where there is some
+RECORDED_SHARE = 0.5  # of the people that are trained on, where there is motion capture
 NUM_PLACES, NUM_OUTFITS = 12, 96
 EXTRA_COLUMNS = 2  # beside the three quarters that the backbone sees, for mirrored pictures
 
@@ -27,15 +27,23 @@ class SyntheticPeople:
         recordings: motion capture; none: the package's own motions alone.
         seed: of the people.
         crop_px: side of the pictures.
+        recorded_share: of the people who take their pose from the motion capture.
     """
 
     def __init__(
-        self, body: SmplBody, recordings: Sequence[Recording], *, seed: int, crop_px: int
+        self,
+        body: SmplBody,
+        recordings: Sequence[Recording],
+        *,
+        seed: int,
+        crop_px: int,
+        recorded_share: float = RECORDED_SHARE,
     ) -> None:
         self._body = body
         self._recordings = recordings
         self._seed = seed
         self._crop_px = crop_px
+        self._recorded_share = recorded_share
         self._studio: CropStudio | None = None
         self._blocks: OrderedDict[int, Crops] = OrderedDict()
 
@@ -56,7 +64,7 @@ class SyntheticPeople:
                 seed=self._seed,
                 size_hw=(self._crop_px, self._crop_px * 3 // 4 + EXTRA_COLUMNS),
                 recordings=self._recordings,
-                recorded_share=RECORDED_SHARE,
+                recorded_share=self._recorded_share,
                 num_places=NUM_PLACES,
                 num_outfits=NUM_OUTFITS,
                 supersampling=1,

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+import pytest
+
+from fourdh_batch.config import LossConfig, SourceConfig, TrainHmrConfig
 from fourdh_batch.models.smpl import load_body
 from fourdh_batch.models.vit import IMAGE_HW
+from fourdh_batch.synthetic.mocap import Recording
+from fourdh_batch.training import build
 from fourdh_batch.training.augment import Changes, make_example
 from fourdh_batch.training.synthetic_people import SyntheticPeople
 
@@ -28,3 +34,28 @@ def test_rendered_people_follow_from_their_number_and_show_where_they_are() -> N
         assert (np.ptp(seen, axis=(0, 1)) > 0).all()  # no black column
         assert plain.keypoints_2d[:, 2].min() == 1
         assert 0.3 < np.ptp(plain.keypoints_2d[:, 1]) < 2.5
+
+
+def test_everybody_who_is_held_out_with_motion_capture_plays_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    straight = np.zeros((1, 24, 3))
+    recording = Recording("straight", straight, np.zeros((1, 3)), 30.0)
+    sources: list[SyntheticPeople] = []
+
+    def people(*args: Any, **options: Any) -> SyntheticPeople:
+        sources.append(SyntheticPeople(*args, **options))
+        return sources[-1]
+
+    monkeypatch.setattr(build, "load_recordings", lambda path: [recording])
+    monkeypatch.setattr(build, "SyntheticPeople", people)
+    folders = [SourceConfig(path="somewhere")]
+    config = TrainHmrConfig(
+        init="mini", sources=folders, held_out=folders, loss=LossConfig(adversarial=0)
+    )
+    build.build_hmr_task(config, "cpu")
+    num_straight = [
+        sum(bool((s.person(n).body_pose == np.eye(3)).all()) for n in range(32)) for s in sources
+    ]
+    assert 8 < num_straight[0] < 24  # trained on
+    assert num_straight[1] == 32
