@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fourdh_batch.config import AugmentConfig, LoopConfig, LossConfig
 from fourdh_batch.errors import CheckpointError, ConfigError, TrainingError
+from fourdh_batch.evaluate.pose import pa_mpjpe_mm
 from fourdh_batch.models.build import load_hmr2, untrained_hmr2
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.storage import Store
@@ -379,6 +380,33 @@ def test_pck_of_crops_is_relative_to_the_person(body: SmplBody) -> None:
     model = untrained_hmr2("tiny", body, 0, device="cpu")
     figures = evaluate_hmr2(Off(), model, [batch._replace(people=people)])
     assert (figures["pck_0.05"], figures["pck_0.1"]) == (0, 1)  # 0.08 of the person
+
+
+def test_the_bar_is_the_mean_body_of_those_whose_parameters_are_known(body: SmplBody) -> None:
+    task = make_task(body)
+    batch = task.collate([task.held_out["noise"][n] for n in range(3)])
+    bend = torch.tensor([[1, 0, 0], [0, 0, -1], [0, 1, 0]]).float()  # a right angle about x
+    pose = torch.eye(3).repeat(3, 23, 1, 1)
+    pose[0, 3], pose[1, 3], pose[2, 4] = bend, bend.T, bend  # two bend a knee either way
+    betas = torch.zeros(3, 10)
+    betas[0, 0], betas[1, 0], betas[2, 0] = 1.0, 3.0, 50.0
+    people = batch.people._replace(
+        body_pose=pose, betas=betas, has_pose=torch.tensor([1.0, 1.0, 0.0])
+    )
+    model = untrained_hmr2("tiny", body, 0, device="cpu")
+
+    class Still(torch.nn.Module):
+        def forward(self, crops: Any) -> Any:
+            told = torch.zeros(3, 44, 2), people.keypoints_3d[..., :3] * 2
+            return SimpleNamespace(keypoints_2d=told[0], keypoints_3d=told[1]), 0
+
+    figures = evaluate_hmr2(Still(), model, [batch._replace(people=people)])
+    straight = torch.eye(3).expand(1, 23, 3, 3)
+    mean = body.keypoints_3d(torch.eye(3)[None, None], straight, torch.tensor([[2.0] + 9 * [0]]))
+    truth = people.keypoints_3d[..., :3].numpy()
+    expected = pa_mpjpe_mm(np.repeat(mean.numpy(), 3, axis=0), truth).mean()
+    assert figures["pa_mpjpe_mm_of_mean_body"] == pytest.approx(expected, rel=1e-4)
+    assert figures["pa_mpjpe_mm"] == pytest.approx(0, abs=1e-2)
 
 
 def test_every_example_has_two_real_bodies_of_its_own(body: SmplBody) -> None:

@@ -182,6 +182,8 @@ class TestTracks:
         hold, slerp = _simple(example.pose, example.is_seen, example.is_wanted)
         truth = example.pose[example.is_wanted]
         np.testing.assert_allclose(slerp[:, :9], truth[:, :9], rtol=0, atol=1e-5)
+        last = example.pose[np.flatnonzero(example.is_wanted)[0] - 1]
+        np.testing.assert_array_equal(hold, np.broadcast_to(last, hold.shape))
         assert np.abs(hold[:, :9] - truth[:, :9]).max() > 0.1
 
 
