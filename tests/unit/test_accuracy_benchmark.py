@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from fourdh_batch.config import load_config
-from fourdh_batch.geometry import box_iou
+from fourdh_batch.evaluate.pose import mpjpe_mm, pa_mpjpe_mm
+from fourdh_batch.geometry import box_iou, rot6d_to_rotmat
 from fourdh_batch.masks import box_mask, decode_rle, encode_rle
+from fourdh_batch.models.build import load_hmr2
+from fourdh_batch.models.minis import MINI
+from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.pipeline.following import TrackerModels
 from fourdh_batch.pipeline.records import ChunkResult
 from fourdh_batch.synthetic.corpus import BOXES, Clip
+from fourdh_batch.tables.reader import smpl_arrays
 from fourdh_batch.types import F64, Bool, Detections, People, RleMask
 from tests.benchmark import __main__ as benchmarks
-from tests.benchmark.accuracy import MARKER, require_ours, run
+from tests.benchmark.accuracy import (
+    MARKER,
+    MEAN_OF_THESE,
+    MEAN_OF_TRAINING,
+    _Set,
+    require_ours,
+    run,
+)
 from tests.benchmark.accuracy_input import write_perturbed_boxes
 from tests.benchmark.accuracy_trackers import SORT_MAX_AGE, OneCueLessModels, track_by_overlap
+from tests.evaluation_files import people, write_root
 
 SIZE_HW = (120, 160)
 NUM_FRAMES = 60
@@ -73,6 +89,71 @@ def test_an_ablation_has_the_settings_of_the_job() -> None:
     ours = TrackerModels(config).new_tracker().settings
     assert ours.compat
     assert OneCueLessModels(config).new_tracker().settings == ours
+
+
+def test_poses_of_missed_frames_are_compared_with_their_baselines(tmp_path: Path) -> None:
+    true = people("a.mp4")  # two people who stand, in eight frames
+    frame, track = (true[name].to_numpy() for name in ("frame_index", "track_id"))
+    missed = (track == 1) & np.isin(frame, (3, 4))
+    points = smpl_arrays(true)["keypoints_3d_m"]
+    told = points.copy()
+    told[missed, 25, 0] += 0.014  # one of fourteen: completed 1 mm wrong
+    told[(track == 1) & (frame == 2), 25, 0] += 0.07  # the last pose: 5 mm
+    state = np.where(missed, "predicted", "detected").tolist()
+    rows = people("a.mp4", keypoints_3d_m=told, state=state)
+    measured = bare_set(tmp_path, rows, true)
+    table = measured._gaps()
+    assert table[["frames", "rows"]].to_numpy().tolist() == [["to 5", 2]]
+    assert table[["completed", "hold"]].to_numpy().tolist() == [
+        [pytest.approx(1, rel=1e-4), pytest.approx(5, rel=1e-4)]
+    ]
+    # With equal turns and shapes on both sides: the upright body.
+    upright = np.repeat(keypoints_of(measured.body, np.zeros(10)), 2, axis=0)
+    expected = mpjpe_mm(upright, points[missed]).mean()
+    assert table["slerp"].to_list() == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_the_bars_are_the_mean_of_the_training_and_of_these_people(tmp_path: Path) -> None:
+    betas = np.zeros((16, 10), np.float32)
+    betas[::2, 0], betas[1::2, 0] = 1, 2
+    state = ["detected"] * 14 + ["predicted"] * 2  # who cannot be seen has no part in it
+    betas[14:] = 100
+    true = people("a.mp4", betas=betas, state=state)
+    measured = bare_set(tmp_path, true, true)
+    found = measured._mean_body_mm()
+    points = smpl_arrays(true)["keypoints_3d_m"][:14]
+
+    def error(body: np.ndarray) -> float:
+        return float(pa_mpjpe_mm(np.repeat(body, 14, axis=0), points).mean())
+
+    mean = keypoints_of(measured.body, np.array([1.5, *9 * [0.0]]))
+    head = load_hmr2(MINI, measured.body, device="cpu").smpl_head
+    pose = rot6d_to_rotmat(head.init_body_pose.view(-1, 6))[None, 1:]
+    with torch.inference_mode():
+        trained = measured.body.keypoints_3d(torch.eye(3)[None, None], pose, head.init_betas)
+    assert found == {
+        MEAN_OF_THESE: pytest.approx(error(mean), rel=1e-5),
+        MEAN_OF_TRAINING: pytest.approx(error(trained.numpy()), rel=1e-5),
+    }
+
+
+def bare_set(folder: Path, rows: Any, truth: Any) -> _Set:
+    """A set of one clip that was run before."""
+    bare = object.__new__(_Set)
+    bare.body, bare.truth = load_body(), truth
+    bare.clips = [SimpleNamespace(video_id="a.mp4")]  # type: ignore[list-item]
+    root = write_root(str(folder / "tables"), {"a.mp4": rows})
+    bare.config = load_config(None, [f"output={root}", "hmr.weights=mini"])
+    return bare
+
+
+def keypoints_of(body: SmplBody, betas: np.ndarray) -> np.ndarray:
+    """(1, 44, 3) of nobody's pose."""
+    straight = torch.eye(3).expand(1, 24, 3, 3)
+    with torch.inference_mode():
+        shape = torch.from_numpy(betas).float()[None]
+        points: np.ndarray = body.keypoints_3d(straight[:, :1], straight[:, 1:], shape).numpy()
+    return points
 
 
 def chunk(start: int, boxes: list[list[list[float]]]) -> ChunkResult:

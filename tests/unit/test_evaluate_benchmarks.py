@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,12 @@ def test_posetrack_counts_annotated_frames_and_missing_videos(tmp_path: Path, mo
     assert rows["PoseTrack", "IDF1"].ours == pytest.approx(100 * 2 / 3)
     assert rows["PoseTrack", "IDs"].ours == 0
     assert rows["PoseTrack", "MOTA at IoU 0.5"].ours == 0
+    table = people(video)
+    seen = ["detected" if track == 1 else "predicted" for track in table["track_id"].to_pylist()]
+    ghosts = write_root(str(tmp_path / "ghosts"), {video: people(video, state=seen)})
+    figures = evaluated(model, replace(given, posetrack_tables=ghosts))
+    for measure in ("MOTA", "MOTA at IoU 0.5", "HOTA", "IDF1"):
+        assert figures["PoseTrack", measure].ours == pytest.approx(100)  # ghosts do not count
     (folder / "gone.json").write_text(json.dumps(content).replace("000342", "000999"))
     rows = evaluated(model, given)
     assert "1 without a result count as misses: 000999_mpii_test" in rows["PoseTrack", "MOTA"].note
