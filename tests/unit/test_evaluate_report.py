@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fourdh_batch.cli import app
@@ -16,6 +17,7 @@ from fourdh_batch.errors import ConfigError, SchemaError
 from fourdh_batch.evaluate.report import POSE_COLUMNS, evaluate
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.storage import Store
+from fourdh_batch.tables.reader import smpl_arrays
 from fourdh_batch.tables.schema import with_video_ids
 from tests.evaluation_files import people, write_root, write_truth
 
@@ -200,6 +202,25 @@ def test_ghosts_count_neither_as_tracks_nor_as_bodies_but_are_scored_apart(tmp_p
     assert report.overall.tracking["iou50"].misses == 8
 
 
+def test_a_person_is_as_large_as_the_true_box_says(tmp_path: Path) -> None:
+    true = people("a.mp4")
+    box = smpl_arrays(true)["bbox_xyxy_px"]
+    pixels = smpl_arrays(true)["keypoints_2d_px"] + np.array([0, 10.5])  # 0.0525 of 200 px
+    rows = people("a.mp4", bbox_xyxy_px=box + np.float32([0, 0, 0, 40]), keypoints_2d_px=pixels)
+    root = write_root(str(tmp_path / "root"), {"a.mp4": rows})
+    pose = evaluate(root, write_truth(tmp_path / "t.parquet", true)).overall.pose
+    assert (pose.matched, pose.pck) == (1, {"0.05": 0, "0.1": 1})
+
+
+def test_completed_bodies_are_compared_with_people_whom_nobody_can_see(tmp_path: Path) -> None:
+    state = np.where(np.arange(16) % 8 < 6, "detected", "predicted").tolist()
+    rows = people("a.mp4", state=state)
+    root = write_root(str(tmp_path / "root"), {"a.mp4": rows})
+    overall = evaluate(root, write_truth(tmp_path / "t.parquet", rows)).overall
+    assert (overall.completed.num_people, overall.completed.mpjpe_mm) == (4, 0)
+    assert (overall.pose.num_people, overall.pose.matched) == (12, 1)
+
+
 def test_people_whom_nobody_can_see_need_not_be_found(tmp_path: Path) -> None:
     hidden = np.where(np.arange(16) % 2 == 0, "detected", "predicted").tolist()
     truth = write_truth(tmp_path / "t.parquet", people("a.mp4", state=hidden))
@@ -218,6 +239,14 @@ def body() -> SmplBody:
     return load_body()
 
 
+def smpl_posed(body: SmplBody, global_orient: torch.Tensor) -> torch.Tensor:
+    """(V, 3) of the straight body, from keypoint 39."""
+    straight = torch.eye(3).expand(1, 23, 3, 3)
+    with torch.inference_mode():
+        out = body(global_orient[None, None], straight, torch.zeros(1, 10))
+    return out.vertices[0] - out.keypoints_3d[0, 39]
+
+
 def test_pve_needs_the_body_that_both_were_made_with(tmp_path: Path, body: SmplBody) -> None:
     name = f"open:{body.digest[:16]}"
     turned = np.broadcast_to(np.diag([-1, 1, -1]).astype(np.float32), (16, 1, 3, 3))
@@ -228,8 +257,12 @@ def test_pve_needs_the_body_that_both_were_made_with(tmp_path: Path, body: SmplB
     other = people("a.mp4", body_model=name, global_orient=turned)
     away = write_root(str(tmp_path / "away"), {"a.mp4": other})
     found = evaluate(away, truth, body=body).overall.pose.pve_mm
-    assert found is not None
-    assert 100 < found < 1000
+    points = [
+        smpl_posed(body, torch.from_numpy(np.diag([sign, 1.0, sign]).astype(np.float32)))
+        for sign in (1, -1)
+    ]
+    expected = 1000 * (points[0] - points[1]).norm(dim=1).mean()
+    assert found == pytest.approx(float(expected), rel=1e-4)
     strange = write_root(str(tmp_path / "strange"), {"a.mp4": people("a.mp4")})
     report = evaluate(strange, truth, body=body)
     assert report.overall.pose.pve_mm is None
