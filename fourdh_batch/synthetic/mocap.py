@@ -261,9 +261,10 @@ def _floats(path: Path, stored: dict[str, NDArray[Any]], key: str, ndim: int) ->
             f"{path}: {key}: expected {ndim} axes of finite numbers, "
             f"got {array.ndim} of {array.dtype}"
         )
-    if not (np.abs(array) < MOST).all():
+    numbers: F64 = array.astype(np.float64)  # of halves MOST would overflow
+    if not (np.abs(numbers) < MOST).all():
         raise MotionError(f"{path}: {key}: expected finite numbers below {MOST:g}, got others")
-    return array.astype(np.float64)
+    return numbers
 
 
 def _is_rate(fps: float) -> bool:

@@ -247,6 +247,10 @@ def test_amass_files_are_turned_upright(tmp_path: Path, pose: F64, width: int) -
         degrees_between(world_rotations(recording.pose), world_rotations(pose))[:, :22].max() < 1e-4
     )
     assert (recording.pose[:, 22:] == (0.1 if width == 72 else 0)).all()
+    halves = npz(
+        tmp_path / "h.npz", poses=poses.astype(np.float16), trans=np.zeros((FRAMES, 3)), **rate
+    )
+    assert len(load_recording(halves).pose) == FRAMES  # without a warning of an overflow
     kept = load_recording(file, up="y")
     np.testing.assert_allclose(kept.pelvis_m, z_up.apply(path_of(FRAMES)), atol=1e-6)
 

@@ -279,6 +279,18 @@ class TestTask:
         with torch.inference_mode():
             assert again.evaluate([batch._replace(pose=elsewhere)]) == again.evaluate([batch])
 
+    def test_of_a_steady_turn_slerp_tells_most_and_the_last_pose_the_less_the_longer(
+        self, root: str
+    ) -> None:
+        _, task = self.make(root)
+        with torch.inference_mode():
+            figures = task.evaluate([task.collate([task.held_out["tables"][n] for n in range(40)])])
+        hold = [figures[f"gap_{gap}_mpjpe_mm_hold"] for gap in TEST_GAPS]
+        assert 1 < figures["next_mpjpe_mm_hold"] < hold[0] < hold[1] < hold[2]
+        slerp = [figures[f"gap_{gap}_mpjpe_mm_slerp"] for gap in TEST_GAPS]
+        assert max(slerp) < 10, (hold, slerp)
+        assert hold[0] > 20, (hold, slerp)
+
     def test_learns_to_tell_hidden_poses(self, root: str) -> None:
         config, task = self.make(root, steps=32)
         losses = []
