@@ -351,7 +351,9 @@ def synthesize_command(
         Path | None, typer.Option(help="Folder of .npz (AMASS) and .bvh files that people play.")
     ] = None,
     frames: Annotated[int, typer.Option(min=3, help="Of each clip, at 25 per second.")] = 90,
-    height: Annotated[int, typer.Option(min=48, help="Of the 4:3 pictures, pixels.")] = 288,
+    height: Annotated[
+        int, typer.Option(min=48, max=4320, help="Of the 4:3 pictures, pixels.")
+    ] = 288,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the corpus that the folder holds.")
     ] = False,
@@ -513,7 +515,7 @@ def synthesize(
     """Write a synthetic corpus and a contact sheet of it; the number of clips.
 
     Raises:
-        ConfigError: the motion folder is none, or the folder holds a corpus already.
+        ConfigError: one of the folders is none, or the first one holds a corpus already.
         MotionError: one of its files cannot be used.
     """
     from fourdh_batch.models.smpl import load_body
@@ -525,6 +527,8 @@ def synthesize(
 
     if motion is not None and not motion.is_dir():
         raise ConfigError(f"--motion: expected a folder, got {motion}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: expected a folder or nothing, got a file")
     truth = folder / "truth.parquet"
     if truth.exists() and not overwrite:
         raise ConfigError(f"{folder} holds a corpus already; take another, or --overwrite")

@@ -569,8 +569,8 @@ class TrainDetectorConfig:
     Attributes:
         output: folder or prefix for checkpoints, logs and the final model (any fsspec path).
         segment: masks, too: RF-DETR-Seg instead of RT-DETR.
-        motion: folder of motion capture that half of the people take their poses from; empty: the
-            package's own motions alone.
+        motion: folder of motion capture that half of the people take their poses from, those of the
+            held-out frames, too; empty: the package's own motions alone.
         height, width: of the network's input in pixels, multiples of 32.
         dim: width of encoder and decoder, a multiple of 16.
         num_queries: at most so many people are found in a frame.

@@ -84,6 +84,10 @@ def test_synthesize_writes_a_corpus_with_its_truth(tmp_path: Path) -> None:
     result = runner.invoke(app, ["synthesize", str(tmp_path), *others, "--overwrite"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "mine.txt").exists()
+    result = runner.invoke(app, ["synthesize", str(tmp_path / "mine.txt"), *words])
+    assert (result.exit_code, "got a file" in result.output) == (2, True)
+    result = runner.invoke(app, ["synthesize", str(tmp_path / "new"), "--height", "20000000"])
+    assert (result.exit_code, (tmp_path / "new").exists()) == (2, False)
     result = runner.invoke(app, ["synthesize", str(tmp_path), "--motion", "/nowhere"])
     assert result.exit_code == 2
     assert "expected a folder" in result.output
