@@ -116,9 +116,10 @@ class TrackerConfig:
         n_init: detections in a row that confirm a track (at most 7).
         gate: pairs that cost more are never matched.
         box_weight: how much it counts, beside the published cues, that a box covers the one in
-            which a person was last seen in this shot, carried along to where the person is
-            expected: a pair costs exp(-box_weight IoU) times as much. 0: not at all, as published.
-            2 helps where people pass each other and the network sees the same body in both boxes.
+            which a person was last seen in this shot, carried along to where the person is expected
+            if it was not in the frame before: a pair costs exp(-box_weight IoU) times as much. 0:
+            not at all, as published. 2 helps where people pass each other and the network sees the
+            same body in both boxes.
         log_cost: of all ways to match, take the one with the smallest product of costs instead of
             the smallest sum, as published: one pair that hardly fits does not tear others apart.
         keep_predicted: write `state=predicted` rows for frames in which a track was missed

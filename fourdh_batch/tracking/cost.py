@@ -88,7 +88,8 @@ def box_factor(expected_xyxy_px: F32, found_xyxy_px: F32, weight: float) -> F64:
     """(K, M) factor of the cost for boxes that overlap: exp(-weight IoU). Ours.
 
     Args:
-        expected_xyxy_px: (K, 4) boxes in which the tracks were last seen, carried along.
+        expected_xyxy_px: (K, 4) boxes in which the tracks were last seen, carried along where they
+            were missed since.
         found_xyxy_px: (M, 4) boxes of the detections.
         weight: 0 or more.
 

@@ -415,10 +415,14 @@ class PhalpTracker:
         )
         in_boxes = np.ones_like(cost)
         if self.settings.box_weight:
-            # A box before a cut says nothing about those behind it.
-            told = self._tracks.last_seen >= self._shot_start
+            # A box before a cut says nothing about those behind it. From one frame to the next
+            # places are less certain than that a box hardly moves.
+            last_seen, last_bbox = self._tracks.last_seen, self._tracks.bbox_xyxy_px
+            told = last_seen >= self._shot_start
+            is_lost = last_seen < frame.frame_index - 1
+            bbox = np.where(is_lost[:, None], expected_bbox, last_bbox)
             in_boxes[told] = box_factor(
-                expected_bbox[told], frame.bbox_xyxy_px[row], self.settings.box_weight
+                bbox[told], frame.bbox_xyxy_px[row], self.settings.box_weight
             )
 
         def cheapest() -> Assignment:

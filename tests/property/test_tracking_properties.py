@@ -289,16 +289,17 @@ class Noise:
 class Eager(PhalpTracker):
     """Compares the looks of every pair that is not refused anyway, before it assigns anything.
 
-    Boxes are compared one by one, and it keeps its own account of whose count.
+    Boxes are compared one by one, and it keeps its own account of them.
     """
 
     def __init__(self, settings: TrackerSettings, texture: Noise) -> None:
         super().__init__(settings, texture=texture)
-        self.seen_in_shot: set[int] = set()
+        self.seen: dict[int, tuple[int, F32]] = {}  # by track, in the present shot: when, and where
 
     def update(self, frame: FrameDetections) -> TrackedFrame:
         tracked = super().update(frame)
-        self.seen_in_shot.update(tracked.detection_track_id.tolist())
+        for track_id, bbox in zip(tracked.detection_track_id, frame.bbox_xyxy_px, strict=True):
+            self.seen[int(track_id)] = frame.frame_index, bbox
         return tracked
 
     def _associate(
@@ -318,11 +319,12 @@ class Eager(PhalpTracker):
         cost[track, detection] *= texture_factor(looks)
         cost[cost > self.settings.gate] = np.inf
         if frame.is_shot_start:
-            self.seen_in_shot.clear()
+            self.seen.clear()
         for i, track_id in enumerate(prediction.track_id.tolist()):
-            if track_id in self.seen_in_shot:
-                told, found = expected_bbox[i].astype(float), frame.bbox_xyxy_px[row]
-                iou = box_iou(told[None], found.astype(float))[0]
+            if track_id in self.seen:
+                when, last = self.seen[track_id]
+                told = last if when == frame.frame_index - 1 else expected_bbox[i]
+                iou = box_iou(told[None].astype(float), frame.bbox_xyxy_px[row].astype(float))[0]
                 cost[i] *= np.exp(-self.settings.box_weight * iou)
         if self.settings.log_cost:
             return assign(np.log(cost), np.log(self.settings.gate))

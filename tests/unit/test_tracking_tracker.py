@@ -257,7 +257,7 @@ def test_a_box_counts_until_a_cut_even_if_its_person_is_not_seen(
         assert one.update(frame).detection_track_id.tolist() == [track_id]
 
 
-def test_boxes_are_compared_where_people_are_expected() -> None:
+def test_boxes_of_people_who_were_missed_are_compared_where_they_are_expected() -> None:
     tracker = PhalpTracker(TrackerSettings(box_weight=2.0))
     # Two people pass each other, 30 px a frame; where they meet nobody is found.
     run(tracker, *[[box(300 + 30 * t), box(660 - 30 * t)] for t in range(6)])
