@@ -415,7 +415,7 @@ def weights_list_command() -> None:
     typer.echo(
         "\nThe word mini stands for a small trained model of this package (assets/mini/CARDS.md):\n"
         "hmr.weights=mini, tracker.texture_weights=mini, tracker.predictor_weights=mini,\n"
-        "detector.name=transformers detector.path=mini"
+        "detector.name=transformers detector.path=mini (boxes) or =mini-segmenter (with masks)"
     )
 
 

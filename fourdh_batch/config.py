@@ -59,7 +59,8 @@ class DetectorConfig:
         name: a short name of `models/detector.py`: `onnx`, `transformers`, `boxes`, or a
             `detectron2_...`.
         path: weights file, model directory or hub id, or the file of given boxes; with
-            `transformers` the word `mini` for the small model of this package.
+            `transformers` the words `mini` and `mini-segmenter` for the small models of this
+            package.
         score_threshold: a detection is kept when its score is strictly greater (PHALP: 0.8).
         min_width_px, min_height_px: narrower or lower boxes are dropped (PHALP: 50 and 100).
         batch_size: frames per batch.

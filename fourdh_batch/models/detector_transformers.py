@@ -34,7 +34,7 @@ from fourdh_batch.models.detector import (
     ordered_detections,
     settings_digest,
 )
-from fourdh_batch.models.minis import DETECTOR, shipped
+from fourdh_batch.models.minis import shipped_detector
 from fourdh_batch.types import F32, I64, U8, Detections, FrameChunk, RleMask
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class TransformersDetector:
 
     Args:
         path: a local directory written by `save_pretrained`; or ``organisation/model``, with
-            ``@revision`` to pin it, which the library may download; the word ``mini`` for the one
-            that comes with the package.
+            ``@revision`` to pin it, which the library may download; ``mini`` or ``mini-segmenter``
+            for those that come with the package.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         min_score: people with lower scores are not handed out.
         batch_size: frames per forward pass.
@@ -392,7 +392,7 @@ def _transformers() -> Any:
 def _load(path: str) -> tuple[Any, dict[str, Any]]:
     """Model in float32 on the CPU, and the content of its processor's file."""
     source: dict[str, Any] = {"local_files_only": True}
-    name = path = str(shipped(path, DETECTOR))
+    name = path = str(shipped_detector(path))
     hub_id = HUB_ID.fullmatch(path)
     if not Path(path).is_dir():
         if hub_id is None:

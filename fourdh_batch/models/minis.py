@@ -13,7 +13,10 @@ FOLDER = Path(__file__).resolve().parents[1] / "assets" / "mini"
 HMR2 = "hmr2.safetensors"
 TEXTURE = "appearance.safetensors"
 PREDICTOR = "pose_predictor.safetensors"
-DETECTOR = "detector"  # a folder for `detector.name=transformers`
+# Folders for `detector.name=transformers`, and the words for them.
+DETECTOR, SEGMENTER = "detector", "segmenter"
+MINI_SEGMENTER = "mini-segmenter"
+DETECTOR_WORDS = {MINI: DETECTOR, MINI_SEGMENTER: SEGMENTER}
 
 
 def shipped(path: str | Path, name: str) -> Path:
@@ -22,3 +25,9 @@ def shipped(path: str | Path, name: str) -> Path:
     Resolved where a file is opened: every machine has its own copy of the package.
     """
     return FOLDER / name if str(path) == MINI else Path(path)
+
+
+def shipped_detector(path: str | Path) -> Path:
+    """As `shipped`, of a detector: there are two, `DETECTOR_WORDS`."""
+    name = DETECTOR_WORDS.get(str(path))
+    return Path(path) if name is None else FOLDER / name

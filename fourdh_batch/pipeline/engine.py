@@ -22,7 +22,7 @@ from fourdh_batch.models.appearance import AppearanceProjection, load_texture_en
 from fourdh_batch.models.build import HMR2_SIZES, load_hmr2, weights_origin
 from fourdh_batch.models.detector import DETECTORS, Detector, build_detector, drop_reasons
 from fourdh_batch.models.hmr2 import Hmr2
-from fourdh_batch.models.minis import DETECTOR, HMR2, MINI, shipped
+from fourdh_batch.models.minis import DETECTOR_WORDS, HMR2, MINI, shipped, shipped_detector
 from fourdh_batch.models.smpl import NUM_FACES, SmplBody, load_body
 from fourdh_batch.models.texture import Atlas, TextureSampler, body_atlas, load_atlas
 from fourdh_batch.pipeline.following import checked_predictor_digest, cues
@@ -228,9 +228,10 @@ def model_card(config: JobConfig) -> ModelCard:
         problems.append(
             f"detector.name: expected one of {', '.join(DETECTORS)}, got {wanted.name!r}"
         )
-    elif wanted.path == MINI and wanted.name not in (TRANSFORMERS, GIVEN):
+    elif wanted.path in DETECTOR_WORDS and wanted.name not in (TRANSFORMERS, GIVEN):
         problems.append(
-            f"detector.name: expected {TRANSFORMERS} with detector.path={MINI}, got {wanted.name!r}"
+            f"detector.name: expected {TRANSFORMERS} with detector.path={wanted.path}, "
+            f"got {wanted.name!r}"
         )
     if problems:
         raise ConfigError("wrong settings:\n  " + "\n  ".join(problems))
@@ -240,8 +241,8 @@ def model_card(config: JobConfig) -> ModelCard:
     if wanted.name == GIVEN:
         detector = build_given(config).digest
     else:
-        is_folder = wanted.name == TRANSFORMERS  # of which the package has a small one
-        path = str(shipped(wanted.path, DETECTOR)) if is_folder else wanted.path
+        is_folder = wanted.name == TRANSFORMERS  # of which the package has small ones
+        path = str(shipped_detector(wanted.path)) if is_folder else wanted.path
         detector = _digest_path(path, "detector.path")
     settings = {
         "code": CODE_VERSION,

@@ -19,7 +19,9 @@ from fourdh_batch.models.minis import (
     FOLDER,
     HMR2,
     MINI,
+    MINI_SEGMENTER,
     PREDICTOR,
+    SEGMENTER,
     TEXTURE,
     shipped,
 )
@@ -30,18 +32,19 @@ from fourdh_batch.pipeline.engine import build_model, model_card
 MAX_BYTES = 30_000_000
 
 
-def detector_digest() -> str:
+def detector_digest(word: str) -> str:
     pytest.importorskip("transformers")
     from fourdh_batch.models.detector_transformers import _load, _weights_digest
 
-    return _weights_digest(_load(MINI)[0])
+    return _weights_digest(_load(word)[0])
 
 
 DIGESTS: dict[str, Callable[[], str]] = {
     HMR2: lambda: load_hmr2(MINI, load_body(), device="cpu").weights_digest,
     TEXTURE: lambda: load_texture_encoder(MINI).weights_digest,
     PREDICTOR: lambda: load_pose_predictor(MINI).weights_digest,
-    DETECTOR: detector_digest,
+    DETECTOR: lambda: detector_digest(MINI),
+    SEGMENTER: lambda: detector_digest(MINI_SEGMENTER),
 }
 
 
@@ -75,15 +78,18 @@ def test_the_detector_is_of_one_kind_whatever_lies_in_the_working_directory(
     def card(*words: str) -> str:
         return model_card(load_config(None, ["hmr.weights=mini", *words])).detector
 
-    (tmp_path / MINI).mkdir()
-    (tmp_path / MINI / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     name = "detector.name=transformers"
-    found = card(name, f"detector.path={MINI}")
-    assert found == card(name, f"detector.path={FOLDER / DETECTOR}")
-    assert found != card(name, f"detector.path=./{MINI}")
-    with pytest.raises(ConfigError, match=r"expected transformers with detector\.path=mini"):
-        card(f"detector.path={MINI}")
+    for word, folder in ((MINI, DETECTOR), (MINI_SEGMENTER, SEGMENTER)):
+        (tmp_path / word).mkdir()
+        (tmp_path / word / "config.json").write_text("{}")
+        found = card(name, f"detector.path={word}")
+        assert found == card(name, f"detector.path={FOLDER / folder}")
+        assert found != card(name, f"detector.path=./{word}")
+        with pytest.raises(
+            ConfigError, match=rf"expected transformers with detector\.path={word},"
+        ):
+            card(f"detector.path={word}")
 
 
 def test_another_body_than_they_know_is_warned_of(
