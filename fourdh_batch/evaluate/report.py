@@ -255,6 +255,7 @@ class _Truth:
         self._uri = uri
         self._file: Any = open_read(uri) if uri.endswith(".parquet") else None
         self._videos_of_group: list[set[str]] = []
+        self._kept: tuple[list[int], Any] | None = None  # row groups, and what is in them
         try:
             self.videos = sorted(self._open_file() if self._file else self._open_root())
             self._check_columns(notes)
@@ -278,7 +279,10 @@ class _Truth:
         if self._file:
             wanted = set(names)
             groups = [i for i, ids in enumerate(self._videos_of_group) if ids & wanted]
-            table = self._read_groups(groups, self.columns)
+            if self._kept is None or self._kept[0] != groups:
+                self._kept = None  # two are never in memory
+                self._kept = groups, self._read_groups(groups, self.columns)
+            table = self._kept[1]  # a row group of many videos is not read for every few of them
             table = table.filter(pc.is_in(table["video_id"], pa.array(names, pa.string())))
         else:
             table = read_arrow(self._uri, "tracks", columns=self.columns, video_id=list(names))

@@ -345,6 +345,16 @@ def test_a_truth_is_read_for_some_videos_at_a_time(
     report = evaluate(root, str(tmp_path / "apart.parquet")).to_dict()
     assert report == whole
     assert groups == [[1], [2], [0]]
+    groups.clear()
+    pq.write_table(table, tmp_path / "large.parquet", row_group_size=32)  # two videos, and one
+    large = evaluate(root, str(tmp_path / "large.parquet")).to_dict()
+    assert {**large, "truth": ""} == {**whole, "truth": ""}
+    assert groups == [[0], [1], [0]]
+    groups.clear()
+    pq.write_table(table, tmp_path / "one.parquet")
+    one = evaluate(root, str(tmp_path / "one.parquet")).to_dict()
+    assert {**one, "truth": ""} == {**whole, "truth": ""}
+    assert groups == [[0]]  # not once for every few videos
     mixed = evaluate(root, str(tmp_path / "mixed.parquet")).to_dict()
     assert {**mixed, "truth": ""} == {**whole, "truth": ""}
 
