@@ -212,6 +212,17 @@ def test_a_person_is_as_large_as_the_true_box_says(tmp_path: Path) -> None:
     assert (pose.matched, pose.pck) == (1, {"0.05": 0, "0.1": 1})
 
 
+def test_pck_is_a_share_of_all_keypoints_of_all_videos(tmp_path: Path) -> None:
+    true = {"a.mp4": people("a.mp4"), "b.mp4": people("b.mp4").slice(0, 4)}
+    pixels = smpl_arrays(true["a.mp4"])["keypoints_2d_px"].copy()
+    pixels[:, :11, 1] += 15  # 0.075 of 200 px, a quarter of the keypoints
+    rows = people("a.mp4", keypoints_2d_px=pixels)
+    root = write_root(str(tmp_path / "root"), {"a.mp4": rows, "b.mp4": true["b.mp4"]})
+    report = evaluate(root, write_truth(tmp_path / "t.parquet", *true.values()))
+    assert report.per_video["a.mp4"].pose.pck == {"0.05": 0.75, "0.1": 1}
+    assert report.overall.pose.pck == {"0.05": pytest.approx(0.8), "0.1": 1}  # of 20 rows
+
+
 def test_completed_bodies_are_compared_with_people_whom_nobody_can_see(tmp_path: Path) -> None:
     state = np.where(np.arange(16) % 8 < 6, "detected", "predicted").tolist()
     rows = people("a.mp4", state=state)
@@ -371,6 +382,20 @@ def test_a_root_as_truth_tells_of_empty_videos_and_has_each_video_once(tmp_path:
     write_root(truth, {"a.mp4": people("a.mp4", dataset="other")}, dataset="other")
     with pytest.raises(ConfigError, match="one truth of a video, got several datasets: ava, o"):
         evaluate(root, truth)
+
+
+def test_a_root_as_truth_says_nothing_of_videos_that_it_failed_on(tmp_path: Path) -> None:
+    names = ("a.mp4", "b.mp4", "c.mp4")
+    root = write_root(str(tmp_path / "root"), {name: people(name) for name in names})
+    truth = write_root(
+        str(tmp_path / "truth"),
+        {"a.mp4": people("a.mp4"), "b.mp4": people("b.mp4").slice(0, 2), "c.mp4": None},
+        statuses={"b.mp4": "partial", "c.mp4": "failed"},
+    )
+    report = evaluate(root, truth)
+    assert report.status == {"a.mp4": "ok", "b.mp4": "ok"}
+    assert report.without_truth == ["c.mp4"]
+    assert report.overall.tracking["iou50"].false_positives == 14
 
 
 def test_mistakes_are_said_clearly(tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ def test_a_ghost_keeps_its_own_prediction_when_an_older_track_ends() -> None:
     (frame,) = run(tracker, [], start=11)
     assert frame.track_id.tolist() == [2]
     assert np.array_equal(frame.camera, expected[1:])
+    assert frame.bbox_xyxy_px[0] == pytest.approx(box(855), abs=10)
 
 
 def test_a_seen_row_is_the_detection_itself() -> None:
@@ -266,6 +267,16 @@ def test_boxes_of_people_who_were_missed_are_compared_where_they_are_expected() 
     same = frame.people.take(np.array([0, 0]))  # one body in both boxes
     got = tracker.update(replace(frame, people=same))
     assert got.detection_track_id.tolist() == [1, 2]
+
+
+def test_boxes_of_people_who_were_seen_just_now_are_compared_where_they_were() -> None:
+    tracker = PhalpTracker(TrackerSettings(box_weight=2.0))
+    # Two people are about to pass each other, 40 px a frame, and stop.
+    run(tracker, *[[box(200 + 40 * t), box(630 - 40 * t)] for t in range(6)])
+    frame = frame_of_boxes(6, [box(430), box(400)])
+    same = frame.people.take(np.array([0, 0]))  # one body in both boxes
+    got = tracker.update(replace(frame, people=same))
+    assert got.detection_track_id.tolist() == [2, 1]
 
 
 # ---------------------------------------------------------------- product of costs
