@@ -54,6 +54,14 @@ def body() -> SmplBody:
     return load_body()
 
 
+@pytest.fixture(autouse=True)
+def _logs_of_a_second_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads logs by name: of one process and second the tenth before the ninth."""
+    from tensorboard.summary.writer import event_file_writer as writer
+
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(100))
+
+
 class Noise:
     """Numbered people whose picture tells nothing."""
 
@@ -82,8 +90,10 @@ class Task(HmrTask):
     die_at = 0
     fails_to_evaluate = False
     finds_nobody = False
+    num_evaluations = 0
 
     def evaluate(self, batches: Iterable[HmrBatch]) -> dict[str, float]:
+        self.num_evaluations += 1
         if self.finds_nobody:
             return {"precision": math.nan, "recall": 0.0}
         if self.fails_to_evaluate:
@@ -297,6 +307,24 @@ def test_an_interrupted_evaluation_leaves_no_hole_in_the_curve(
     again.fails_to_evaluate = True  # of a finished training: it is evaluated all the same
     with pytest.raises(TrainingError):
         train(again, loop, output, settings(loop))
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_an_evaluation_that_was_written_is_not_made_again(
+    is_old: bool, body: SmplBody, tmp_path: Path
+) -> None:
+    loop = replace(LOOP, steps=4, evaluate_every=2)
+    killed = make_task(body)
+    killed.die_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, tmp_path, loop)
+    if is_old:  # a record of before evaluations were noted in it
+        record = json.loads((tmp_path / LATEST).read_text())
+        del record["is_evaluated"]
+        (tmp_path / LATEST).write_text(json.dumps(record))
+    resumed = make_task(body)
+    run(resumed, tmp_path, loop)
+    assert (killed.num_evaluations, resumed.num_evaluations) == (1, 1)  # after 2 and 4 steps
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4, 5])
