@@ -52,7 +52,7 @@ bench: $(STAMP) ## Ratios against named baselines, one run; see docs/BENCHMARKS.
 
 MINIS   ?= minis
 TRAIN   ?= loop.device=auto
-# Words for the detector alone: several loop.data_workers want reuse=1.
+# Words for the detector and the segmenter alone: several loop.data_workers want reuse=1.
 DETECTOR ?=
 
 minis: $(STAMP) ## Train the small models again, into MINIS=folder; TRAIN="loop.precision=bf16 ..." for a GPU
@@ -60,10 +60,12 @@ minis: $(STAMP) ## Train the small models again, into MINIS=folder; TRAIN="loop.
 	$(BIN)/python jobs/train_predictor.py output="$(MINIS)/predictor" jitter_deg=5 $(TRAIN)
 	$(BIN)/python jobs/train_appearance.py output="$(MINIS)/appearance" $(TRAIN)
 	$(BIN)/python jobs/train_detector.py output="$(MINIS)/detector" $(TRAIN) $(DETECTOR)
+	$(BIN)/python jobs/train_detector.py output="$(MINIS)/segmenter" segment=true num_queries=16 \
+		loop.learning_rate=5e-4 loop.warmup_steps=500 $(TRAIN) $(DETECTOR)
 	@echo "To ship them: copy hmr2/hmr2.safetensors, predictor/pose_predictor.safetensors,"
-	@echo "appearance/appearance.safetensors and detector/detector/ of $(MINIS) to"
-	@echo "fourdh_batch/assets/mini, and write their digests and figures ($(MINIS)/*/training.json)"
-	@echo "into CARDS.md there."
+	@echo "appearance/appearance.safetensors, detector/detector/ and segmenter/detector/ (as"
+	@echo "segmenter/) of $(MINIS) to fourdh_batch/assets/mini, and write their digests and"
+	@echo "figures ($(MINIS)/*/training.json) into CARDS.md there."
 
 # The published tracker: its checkout (or REFERENCE=folder of one) and the packages it imports.
 PHALP_URL    ?= https://github.com/brjathu/PHALP
