@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fourdh_batch.errors import ConfigError, SchemaError
+from fourdh_batch.errors import ConfigError, SchemaError, StorageError
 from fourdh_batch.evaluate.detection import (
     AveragePrecision,
     FrameBoxes,
@@ -332,7 +332,12 @@ class _Truth:
     def _read_groups(self, groups: list[int], columns: list[str]) -> Any:
         try:
             table = self._parquet.read_row_groups(groups, columns=columns)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
+            # Of the store or the disk, not of what is there.
+            if isinstance(error, OSError) and (
+                isinstance(error, StorageError) or error.errno is not None
+            ):
+                raise
             raise SchemaError(f"{redact_uri(self._uri)}: expected Parquet, got {error}") from error
         for name in table.column_names:
             if table[name].null_count:

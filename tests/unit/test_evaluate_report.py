@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from fourdh_batch.cli import app
-from fourdh_batch.errors import ConfigError, SchemaError
+from fourdh_batch.errors import ConfigError, SchemaError, StorageError
 from fourdh_batch.evaluate.report import POSE_COLUMNS, evaluate
 from fourdh_batch.models.smpl import SmplBody, load_body
 from fourdh_batch.storage import Store
@@ -398,6 +399,17 @@ def test_a_root_as_truth_says_nothing_of_videos_that_it_failed_on(tmp_path: Path
     assert report.overall.tracking["iou50"].false_positives == 14
 
 
+def test_a_store_that_fails_is_no_damaged_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4")})
+    truth = write_truth(tmp_path / "t.parquet", people("a.mp4"))
+    for fault in (StorageError("the store is away"), OSError(5, "Input/output error")):
+        monkeypatch.setattr(pq.ParquetFile, "read_row_groups", Mock(side_effect=fault))
+        with pytest.raises(type(fault), match=r"store is away|output error"):
+            evaluate(root, truth)
+
+
 def test_mistakes_are_said_clearly(tmp_path: Path) -> None:
     root = write_root(str(tmp_path / "root"), {"a.mp4": people("a.mp4")})
     true = people("a.mp4")
@@ -417,6 +429,13 @@ def test_mistakes_are_said_clearly(tmp_path: Path) -> None:
         evaluate(root, write_truth(tmp_path / "i.parquet", hidden))
     with pytest.raises(ConfigError, match="rows of true people, got none"):
         evaluate(root, write_truth(tmp_path / "d.parquet", true.slice(0, 0)))
+    damaged = Path(write_truth(tmp_path / "damaged.parquet", true))
+    start = pq.ParquetFile(damaged).metadata.row_group(0).column(0).dictionary_page_offset
+    content = bytearray(damaged.read_bytes())
+    content[start : start + 200] = bytes(200)
+    damaged.write_bytes(content)
+    with pytest.raises(SchemaError, match=r"damaged\.parquet: expected Parquet, got"):
+        evaluate(root, str(damaged))
     (tmp_path / "e.parquet").write_text("no parquet")
     with pytest.raises(SchemaError, match=r"e\.parquet: expected Parquet"):
         evaluate(root, str(tmp_path / "e.parquet"))
